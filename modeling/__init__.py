@@ -1,0 +1,1 @@
+"""The models: `rcnn` composes what the other files define, one part each."""

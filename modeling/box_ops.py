@@ -1,0 +1,248 @@
+"""Boxes in TensorFlow: overlaps, encoding, matching, sampling, NMS and RoIAlign. No variables, no configuration.
+
+Shapes: N images, A anchors or other boxes, G ground truths, R RoIs, S samples, C channels or classes.
+boxes: float32 [..., 4], x1 y1 x2 y2 in continuous pixel coordinates of the padded network input, no "+1".
+deltas: float32 [..., 4], (tx, ty, tw, th) of Faster R-CNN, arXiv:1506.01497 eq. 2, times the box regression weights.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from .layers import shape_list
+
+NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
+NO_SCORE = float(tf.float32.min)  # the score of what is not a candidate
+
+
+def area(boxes):
+    """Area of boxes [..., 4] -> [...]; what has a negative side counts as empty."""
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
+    return tf.maximum(x2 - x1, 0.0) * tf.maximum(y2 - y1, 0.0)
+
+
+def clip(boxes, image_shape):
+    """Clip boxes [N, A, 4] to their images. image_shape: int32 [N, 2], height and width."""
+    height_width = tf.cast(image_shape, tf.float32)
+    limit = tf.reverse(height_width, [1])[:, None, :]  # width, height
+    return tf.maximum(tf.minimum(boxes, tf.concat([limit, limit], axis=-1)), 0.0)
+
+
+def is_larger_than(boxes, min_size):
+    """Whether both sides of boxes [..., 4] are finite and above `min_size` pixels -> bool [...]."""
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
+    width, height = x2 - x1, y2 - y1
+    finite = tf.math.is_finite(tf.reduce_sum(boxes, axis=-1))
+    return finite & (width > min_size) & (height > min_size)
+
+
+def _pairwise_intersection(boxes_a, boxes_b):
+    x1a, y1a, x2a, y2a = tf.split(boxes_a, 4, axis=-1)  # each [N, A, 1]
+    x1b, y1b, x2b, y2b = tf.unstack(boxes_b[:, None, :, :], axis=-1)  # each [N, 1, G]
+    width = tf.maximum(tf.minimum(x2a, x2b) - tf.maximum(x1a, x1b), 0.0)
+    height = tf.maximum(tf.minimum(y2a, y2b) - tf.maximum(y1a, y1b), 0.0)
+    return width * height
+
+
+def pairwise_iou(boxes_a, boxes_b):
+    """Intersection over union of all pairs: [N, A, 4] and [N, G, 4] -> float32 [N, A, G]; 0 where both are empty.
+
+    The union is (area_a + area_b) - intersection in this order: rounding decides which anchors tie for the best of
+    an object, and all of those become positive.
+    """
+    intersection = _pairwise_intersection(boxes_a, boxes_b)
+    union = (area(boxes_a)[:, :, None] + area(boxes_b)[:, None, :]) - intersection
+    return tf.math.divide_no_nan(intersection, union)
+
+
+def pairwise_ioa(boxes_a, boxes_b):
+    """The share of each box of `boxes_a` covered by each of `boxes_b`: [N, A, 4], [N, G, 4] -> float32 [N, A, G]."""
+    return tf.math.divide_no_nan(_pairwise_intersection(boxes_a, boxes_b), area(boxes_a)[:, :, None])
+
+
+def _center_and_size(boxes):
+    top_left, bottom_right = tf.split(boxes, 2, axis=-1)
+    return (top_left + bottom_right) * 0.5, bottom_right - top_left
+
+
+def encode(boxes, references, *, weights=(1.0, 1.0, 1.0, 1.0)):
+    """The deltas that lead from `references` to `boxes`, both [..., 4], not empty. Returns [..., 4] times `weights`."""
+    center, size = _center_and_size(boxes)
+    reference_center, reference_size = _center_and_size(references)
+    shift = (center - reference_center) / reference_size
+    growth = tf.math.log(size / reference_size)
+    return tf.concat([shift, growth], axis=-1) * tf.constant(weights, tf.float32)
+
+
+def decode(deltas, references, *, max_log_size, weights=(1.0, 1.0, 1.0, 1.0)):
+    """The boxes that `deltas` lead to from `references`, both broadcastable to [..., 4]: the inverse of `encode`.
+
+    Args:
+        max_log_size: limit of tw and th, so that the exponential stays finite
+    """
+    shift, growth = tf.split(deltas / tf.constant(weights, tf.float32), 2, axis=-1)
+    reference_center, reference_size = _center_and_size(references)
+    center = shift * reference_size + reference_center
+    half_size = tf.exp(tf.minimum(growth, max_log_size)) * reference_size * 0.5
+    return tf.concat([center - half_size, center + half_size], axis=-1)
+
+
+def random_keys(sample_key, identity, *, purpose):
+    """Random numbers that belong to an image and to a candidate in it, whatever batch, tower or rank they are in.
+
+    A stateless generator of TensorFlow would tie a candidate's number to its index and so to the padding of the batch.
+    Here it is a 32-bit xor-shift-multiply hash of who the candidate is, in int64, which GPUs compute (their int32
+    kernels run on the host).
+
+    Args:
+        sample_key: int32 [N, 2], the seed and the image's position in the order of the data
+        identity: int64 [A] or [N, A], the same for a candidate in whatever batch its image is
+        purpose: an int, different for each use, so that the picks are independent
+    Returns:
+        float32 [N, A] in [0, 1)
+    """
+    key = tf.cast(sample_key, tf.int64)
+    state = _mix(_mix(_mix(key[:, 0] + purpose) + key[:, 1]))[:, None]
+    hashed = _mix(_mix(state + identity))
+    return tf.cast(tf.bitwise.right_shift(hashed, 8), tf.float32) / 2.0**24
+
+
+def _mix(x):
+    """One finaliser round on the low 32 bits of int64 `x`."""
+    low_32_bits, multiplier = 0xFFFFFFFF, 0x45D9F3B  # below 2^31, so that the product fits
+    x = tf.bitwise.bitwise_and(x, low_32_bits)
+    for _ in range(2):
+        x = tf.bitwise.bitwise_and(_xor_shift(x) * multiplier, low_32_bits)
+    return _xor_shift(x)
+
+
+def _xor_shift(x):
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, 16))
+
+
+class Sample(NamedTuple):
+    """Candidates picked for a loss: foreground first, then background, then unused slots."""
+
+    index: tf.Tensor  # int32 [N, S], into the candidates
+    is_foreground: tf.Tensor  # bool [N, S]
+    is_valid: tf.Tensor  # bool [N, S], foreground or background
+
+
+def sample(is_foreground, is_background, keys, *, size, foreground_ratio):
+    """Pick at random up to size * foreground_ratio foreground candidates, and fill up to `size` with background.
+
+    Args:
+        is_foreground, is_background: bool [N, A]. keys: float32 [N, A], random.
+    Returns:
+        Sample of S = min(size, A) slots
+    """
+    candidates = tf.shape(keys)[1]
+    slots = tf.minimum(size, candidates)
+    max_foreground = tf.minimum(int(size * foreground_ratio), candidates)
+    foreground_keys, foreground = tf.math.top_k(tf.where(is_foreground, keys, NEVER), max_foreground)
+    background_keys, background = tf.math.top_k(tf.where(is_background, keys, NEVER), slots)
+    num_foreground = _count(foreground_keys > NEVER)
+    slot = tf.range(slots)[None, :]
+    from_foreground = slot < num_foreground
+    source = tf.where(from_foreground, slot, slot - num_foreground + max_foreground)
+    index = tf.gather(tf.concat([foreground, background], axis=1), source, batch_dims=1)
+    is_valid = slot < num_foreground + _count(background_keys > NEVER)
+    return Sample(index, from_foreground, is_valid)
+
+
+def _count(mask):
+    """Number of true entries per row: bool [N, A] -> int32 [N, 1]."""
+    return tf.reduce_sum(tf.cast(mask, tf.int32), axis=1, keepdims=True)
+
+
+def batched_nms(boxes, scores, *, iou_threshold, max_output):
+    """Greedy non-maximum suppression in many independent problems at once: B images, or images and levels.
+
+    Of a problem's boxes, best first, each suppresses those of its own class that overlap it by more than the threshold.
+    One op for all problems, on the CPU (it has no GPU kernel), spread over the cores.
+
+    Args:
+        boxes: float32 [B, A, Q, 4], Q = 1 (shared by the classes) or C
+        scores: float32 [B, A, C]; what has NO_SCORE is no candidate
+    Returns:
+        boxes float32 [B, max_output, 4], scores [B, max_output], best first, class_index int32 [B, max_output],
+        is_valid bool [B, max_output]; what isn't valid is zero
+    """
+    kept = tf.image.combined_non_max_suppression(
+        boxes,
+        scores,
+        max_output_size_per_class=max_output,
+        max_total_size=max_output,
+        iou_threshold=iou_threshold,
+        score_threshold=NO_SCORE,
+        clip_boxes=False,
+    )
+    is_valid = tf.sequence_mask(kept.valid_detections, max_output)
+    return kept.nmsed_boxes, kept.nmsed_scores, tf.cast(kept.nmsed_classes, tf.int32), is_valid
+
+
+def extend_border(features):
+    """A map [N, H, W, C] extended by one pixel on each side, as float32: what `roi_align` samples from."""
+    return tf.pad(tf.cast(features, tf.float32), [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")
+
+
+def roi_align(extended_features, boxes, image_index, *, resolution):
+    """RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3), 2x2 bilinear samples averaged in each cell, aligned to pixels.
+
+    `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is moved so
+    that they fall on the centres of a grid of (2 * resolution)^2 cells, with pixel centres at + 0.5.
+
+    Args:
+        extended_features: float32 [N, H + 2, W + 2, C] of `extend_border`
+        boxes: float32 [R, 4] in pixels of the feature map. image_index: int32 [R].
+    Returns:
+        float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
+    """
+    samples = 2 * resolution
+    _, height, width, _ = shape_list(extended_features)
+    x1, y1, x2, y2 = tf.unstack(tf.stop_gradient(boxes) + 1.0, axis=-1)
+    step_x, step_y = (x2 - x1) / samples, (y2 - y1) / samples
+    first_x, first_y = x1 + step_x * 0.5 - 0.5, y1 + step_y * 0.5 - 0.5
+    last_x, last_y = first_x + step_x * (samples - 1), first_y + step_y * (samples - 1)
+    scale_x, scale_y = (tf.cast(size - 1, tf.float32) for size in (width, height))
+    normalised = tf.stack([first_y / scale_y, first_x / scale_x, last_y / scale_y, last_x / scale_x], axis=-1)
+    crops = tf.image.crop_and_resize(extended_features, normalised, image_index, [samples, samples])
+    return _mean_2x2(crops)
+
+
+@tf.custom_gradient
+def _mean_2x2(x):
+    """Mean of each 2x2 window: [R, 2 H, 2 W, C] -> [R, H, W, C]. Its gradient is a broadcast, not AvgPoolGrad."""
+
+    def gradient(dy):
+        r, height, width, channels = shape_list(dy)
+        spread = tf.broadcast_to(dy[:, :, None, :, None, :] * 0.25, [r, height, 2, width, 2, channels])
+        return tf.reshape(spread, [r, 2 * height, 2 * width, channels])
+
+    return tf.nn.avg_pool2d(x, 2, 2, "VALID"), gradient
+
+
+def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution):
+    """RoIAlign from the pyramid level that fits each RoI's size (FPN, arXiv:1612.03144 eq. 1).
+
+    Args:
+        extended_pyramid: list of `extend_border` maps. strides: pixels per cell of each. One level serves every RoI.
+        boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R].
+    Returns:
+        float32 [R, resolution, resolution, C]
+    """
+    if len(strides) == 1:
+        return roi_align(extended_pyramid[0], boxes / strides[0], image_index, resolution=resolution)
+    level = roi_level(boxes, num_levels=len(strides))
+    rois, crops = [], []
+    for i, (features, stride) in enumerate(zip(extended_pyramid, strides)):
+        rois.append(tf.cast(tf.where(tf.equal(level, i))[:, 0], tf.int32))
+        level_boxes = tf.gather(boxes, rois[-1]) / stride
+        crops.append(roi_align(features, level_boxes, tf.gather(image_index, rois[-1]), resolution=resolution))
+    return tf.dynamic_stitch(rois, crops)  # its gradient is a gather
+
+
+def roi_level(boxes, *, num_levels):
+    """floor(4 + log2(sqrt(area) / 224)) as an index into levels that start at 2: [R, 4] -> int32 [R] in 0..levels - 1."""
+    octave = tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-6) / tf.math.log(2.0)
+    return tf.cast(tf.clip_by_value(tf.floor(4.0 + octave), 2.0, num_levels + 1.0), tf.int32) - 2

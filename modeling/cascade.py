@@ -1,0 +1,50 @@
+"""Cascade R-CNN (arXiv:1712.00726): box heads in a row, each on the boxes that the one before has refined.
+
+Shapes: N images, S RoI slots per image, R = N * S, C classes.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from . import box_ops
+
+
+class Stage(NamedTuple):
+    """One stage's input and output."""
+
+    boxes: tf.Tensor  # float32 [N, S, 4], the RoIs that it saw
+    is_valid: tf.Tensor  # bool [N, S]
+    class_logits: tf.Tensor  # float32 [R, C + 1]
+    deltas: tf.Tensor  # float32 [R, 1, 4], class-agnostic
+
+
+def cascade(boxes, is_valid, image_shape, *, head, weights, max_log_size):
+    """Run the stages.
+
+    Args:
+        boxes: float32 [N, S, 4], the first stage's RoIs. is_valid: bool [N, S]. image_shape: int32 [N, 2].
+        head: function (stage index, boxes [N, S, 4]) -> class_logits, deltas
+        weights: of box regression, one tuple per stage
+    Returns:
+        list of Stage, and the boxes that the last one refined, float32 [N, S, 4] (clipped to the image)
+    """
+    stages = []
+    for index, stage_weights in enumerate(weights):
+        class_logits, deltas = head(index, boxes)
+        stages.append(Stage(boxes, is_valid, class_logits, deltas))
+        deltas = tf.reshape(deltas, tf.shape(boxes))
+        refined = box_ops.decode(deltas, boxes, weights=stage_weights, max_log_size=max_log_size)
+        boxes = tf.stop_gradient(box_ops.clip(refined, image_shape))
+        is_valid = is_valid & box_ops.is_larger_than(boxes, 0.0)
+    return stages, boxes
+
+
+def mean_probabilities(stages):
+    """The mean of the stages' softmax, each on its own boxes: float32 [R, C + 1]."""
+    return tf.add_n([tf.nn.softmax(stage.class_logits) for stage in stages]) / len(stages)
+
+
+def scale_gradient(x, scale):
+    """`x` whose gradient is multiplied by `scale`: the stages share the features that they pool from."""
+    return tf.stop_gradient(x * (1 - scale)) + x * scale

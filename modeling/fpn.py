@@ -1,0 +1,40 @@
+"""Feature Pyramid Network, arXiv:1612.03144. Maps are NHWC, in the compute dtype."""
+
+import tensorflow as tf
+from tensorpack.compat import tfv1
+
+from .layers import FAN_IN, conv2d, group_norm, shape_list
+
+
+def fpn(features, *, channels, norm):
+    """Top-down pathway with lateral connections, and a coarser level on top for the proposals.
+
+    Args:
+        features: [c2, c3, c4, c5], each [N, H / stride, W / stride, C] of strides 4 to 32
+        channels: of every output level. norm: "None" or "GN".
+    Returns:
+        [p2, p3, p4, p5, p6], each [N, H / stride, W / stride, channels] of strides 4 to 64
+    """
+
+    def normalise(name, x):
+        return group_norm(name, x) if norm == "GN" else x
+
+    with tfv1.variable_scope("fpn"):
+        levels = range(2, 2 + len(features))
+        merged = []
+        for level, c in reversed(list(zip(levels, features))):
+            x = conv2d(f"lateral_1x1_c{level}", c, channels, 1, initializer=FAN_IN)
+            x = normalise(f"gn_c{level}", x)
+            merged.insert(0, _add_upsampled(x, merged[0]) if merged else x)
+        outputs = []
+        for level, x in zip(levels, merged):
+            x = conv2d(f"posthoc_3x3_p{level}", x, channels, 3, initializer=FAN_IN)
+            outputs.append(normalise(f"gn_p{level}", x))
+    return outputs + [outputs[-1][:, ::2, ::2]]
+
+
+def _add_upsampled(fine, coarse):
+    """`fine` [N, 2 H, 2 W, C] + `coarse` [N, H, W, C] enlarged twice, without making the enlarged map."""
+    n, height, width, channels = shape_list(coarse)
+    windows = tf.reshape(fine, [n, height, 2, width, 2, channels])
+    return tf.reshape(windows + coarse[:, :, None, :, None, :], [n, 2 * height, 2 * width, channels])

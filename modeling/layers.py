@@ -1,0 +1,200 @@
+"""Variables and layers: convolution, fully connected, normalisation. The only file that creates model variables.
+
+Every layer takes its variable scope first: `conv2d("conv0", x, 64, 7)`. Variable names are those of the published
+checkpoints (`W`, `b`, `gamma`, `beta`, `mean/EMA`, `variance/EMA`). Variables are float32; a layer computes in the
+dtype of its input `x`, so the precision of the network is decided where the image enters it.
+
+Shapes: N images, H height, W width, C channels. Tensors are NHWC.
+"""
+
+import tensorflow as tf
+from tensorpack.models import layer_register
+
+tfv1 = tf.compat.v1
+
+NORM_EPSILON = 1e-5
+EMA_DECAY = 0.9  # of SyncBN's statistics
+NORM_SCOPES = {"FreezeBN": "bn", "SyncBN": "bn", "GN": "gn"}
+
+HE_FAN_OUT = tfv1.variance_scaling_initializer(2.0, mode="fan_out", distribution="untruncated_normal")
+FAN_IN = tfv1.variance_scaling_initializer(1.0, mode="fan_in", distribution="untruncated_normal")
+
+
+def normal_initializer(stddev):
+    """Initial values from a normal distribution of mean 0."""
+    return tfv1.random_normal_initializer(stddev=stddev)
+
+
+def shape_list(x):
+    """The shape of `x` as a list: Python integers where they are known, scalar int32 tensors where not."""
+    dynamic = tf.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape.as_list())]
+
+
+def explicit_padding(before, after):
+    """The padding argument of a convolution or pooling: `before` pixels top and left, `after` bottom and right."""
+    return [[0, 0], [before, after], [before, after], [0, 0]]
+
+
+def _convolve(x, kernel, bias, *, stride, padding, activation):
+    """Convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
+    y = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=stride, padding=padding)
+    if bias is not None:
+        y = tf.nn.bias_add(y, tf.cast(bias, x.dtype))
+    return activation(y) if activation else y
+
+
+@layer_register(use_scope=True)
+def conv2d(x, channels, kernel_size, *, initializer, activation=None):
+    """Stride-1 convolution with bias, same size as its input.
+
+    Args:
+        x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts with 0.
+    Returns:
+        [N, H, W, channels], dtype of `x`
+    """
+    kernel = tfv1.get_variable("W", [kernel_size, kernel_size, x.shape[-1], channels], initializer=initializer)
+    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
+    return _convolve(x, kernel, bias, stride=1, padding="SAME", activation=activation)
+
+
+@layer_register(use_scope=True)
+def conv2d_norm(x, channels, kernel_size, *, norm, stride=1, padding="SAME", activation=None, gamma=1.0, freeze=()):
+    """Convolution without bias, normalised: a backbone's layer.
+
+    Frozen batch norm is folded into the kernel and a bias, in training too, so that convolution, bias and activation
+    stay one fused kernel forward and no batch-norm gradient is left backward; gamma and beta receive the same gradient.
+
+    Args:
+        x: [N, H, W, C]. norm: "FreezeBN", "SyncBN", "GN" or "None". gamma: initial value of the norm's scale.
+        freeze: which variables get no gradient and, with SyncBN, keep their statistics: a set of "W" and "affine".
+    Returns:
+        [N, H', W', channels], dtype of `x`
+    """
+    shape = [kernel_size, kernel_size, x.shape[-1], channels]
+    kernel = tfv1.get_variable("W", shape, initializer=HE_FAN_OUT, trainable="W" not in freeze)
+    bias = None
+    if norm == "FreezeBN" or (norm == "SyncBN" and "W" in freeze):
+        with tfv1.variable_scope("bn"):
+            scale, bias = _frozen_batch_norm(channels, gamma=gamma, trainable="affine" not in freeze)
+        kernel = kernel * scale
+        norm = "None"
+    if norm == "None":
+        return _convolve(x, kernel, bias, stride=stride, padding=padding, activation=activation)
+    y = _convolve(x, kernel, None, stride=stride, padding=padding, activation=None)
+    y = NORMS[norm](NORM_SCOPES[norm], y, gamma=gamma, trainable="affine" not in freeze)
+    return activation(y) if activation else y
+
+
+def _affine(channels, *, gamma, trainable):
+    """The variables gamma and beta, float32 [channels]."""
+    scale = tfv1.get_variable("gamma", [channels], initializer=tf.constant_initializer(gamma), trainable=trainable)
+    shift = tfv1.get_variable("beta", [channels], initializer=tf.zeros_initializer(), trainable=trainable)
+    return scale, shift
+
+
+def _batch_statistics(channels):
+    """The variables that hold a batch norm's stored mean and variance, float32 [channels]."""
+    mean = tfv1.get_variable("mean/EMA", [channels], initializer=tf.zeros_initializer(), trainable=False)
+    variance = tfv1.get_variable("variance/EMA", [channels], initializer=tf.ones_initializer(), trainable=False)
+    return mean, variance
+
+
+def _frozen_batch_norm(channels, *, gamma, trainable):
+    """Batch norm with stored statistics as (scale, bias), float32 [channels]: y = x * scale + bias."""
+    gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
+    mean, variance = _batch_statistics(channels)
+    scale = gamma * tf.math.rsqrt(variance + NORM_EPSILON)
+    return scale, beta - mean * scale
+
+
+@layer_register(use_scope=True)
+def group_norm(x, *, gamma=1.0, trainable=True):
+    """Group Normalization (Wu and He 2018, eq. 1 and 7) with 32 groups of adjacent channels.
+
+    Layers of fewer than 64 channels, which no published model has, get groups of two channels.
+
+    Args:
+        x: [N, H, W, C]. Statistics are taken over H, W and the channels of a group, in float32.
+    Returns:
+        [N, H, W, C], dtype of `x`
+    """
+    channels = x.shape[-1]
+    groups = min(32, channels // 2)
+    gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
+    n, height, width, _ = shape_list(x)
+    grouped = tf.reshape(tf.cast(x, tf.float32), [n, height * width, groups, channels // groups])
+    mean, variance = tf.nn.moments(grouped, [1, 3], keepdims=True)
+    per_channel = [n, 1, groups, channels // groups]
+    scale = tf.reshape(gamma, [1, 1, groups, -1]) * tf.math.rsqrt(variance + NORM_EPSILON)
+    shift = tf.reshape(beta, [1, 1, groups, -1]) - mean * scale
+    scale, shift = (tf.reshape(tf.broadcast_to(v, per_channel), [n, 1, 1, channels]) for v in (scale, shift))
+    return x * tf.cast(scale, x.dtype) + tf.cast(shift, x.dtype)
+
+
+@layer_register(use_scope=True)
+def batch_norm(x, *, gamma=1.0, trainable=True):
+    """Batch normalisation with the statistics of this batch (training only), which it also averages for inference.
+
+    The biased variance goes into the output and into the moving average, as in the reference.
+
+    Args:
+        x: [N, H, W, C]
+    Returns:
+        [N, H, W, C], dtype of `x`
+    """
+    channels = x.shape[-1]
+    gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
+    averages = _batch_statistics(channels)
+    moments = tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2])
+    for average, moment in zip(averages, moments):
+        update = tfv1.assign_sub(average, (1 - EMA_DECAY) * (average - moment))
+        tfv1.add_to_collection(tfv1.GraphKeys.UPDATE_OPS, update)
+    mean, variance = moments
+    scale = gamma * tf.math.rsqrt(variance + NORM_EPSILON)
+    return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
+
+
+NORMS = {"GN": group_norm, "SyncBN": batch_norm}
+
+
+@layer_register(use_scope=True)
+def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
+    """x @ W + b. A feature map is flattened as channel, row, column: the order of the published weights.
+
+    Args:
+        x: [R, C], or [R, H, W, C] with known H, W, C
+    Returns:
+        [R, channels], dtype of `x`
+    """
+    inputs = x.shape[1:].num_elements()
+    kernel = tfv1.get_variable("W", [inputs, channels], initializer=initializer)
+    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
+    if x.shape.rank == 4:  # permuting the weights is as dear as permuting the RoIs, but free once they are constants
+        _, height, width, depth = x.shape
+        kernel = tf.reshape(kernel, [depth, height, width, channels])
+        kernel = tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [inputs, channels])
+        x = tf.reshape(x, [-1, inputs])
+    y = tf.nn.bias_add(tf.matmul(x, tf.cast(kernel, x.dtype)), tf.cast(bias, x.dtype))
+    return activation(y) if activation else y
+
+
+@layer_register(use_scope=True)
+def deconv2x2(x, channels, *, initializer, activation=None):
+    """Transposed convolution with a 2x2 kernel and stride 2: twice the size, every output from one input pixel.
+
+    Written as one matrix product and a reshuffle of its output: windows don't overlap, so that is all it is.
+
+    Args:
+        x: [R, H, W, C]
+    Returns:
+        [R, 2 H, 2 W, channels], dtype of `x`
+    """
+    r, height, width, depth = shape_list(x)
+    kernel = tfv1.get_variable("W", [2, 2, channels, depth], initializer=initializer)
+    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
+    kernel = tf.reshape(tf.transpose(kernel, [3, 0, 1, 2]), [1, 1, depth, 4 * channels])
+    y = _convolve(x, kernel, tf.tile(bias, [4]), stride=1, padding="SAME", activation=activation)
+    y = tf.reshape(y, [r, height, width, 2, 2 * channels])
+    y = tf.transpose(y, [0, 1, 3, 2, 4])  # rows of the 2x2 window go between the rows of the map
+    return tf.reshape(y, [r, 2 * height, 2 * width, channels])

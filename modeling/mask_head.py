@@ -1,0 +1,118 @@
+"""The mask branch, Mask R-CNN (arXiv:1703.06870).
+
+Shapes: N images, G ground truths, F foreground RoIs or detections of all images, C classes, M mask resolution, H and W
+of the padded image.
+"""
+
+import tensorflow as tf
+from tensorpack.compat import tfv1
+
+from .layers import HE_FAN_OUT, conv2d, deconv2x2, group_norm, normal_initializer, shape_list
+
+# FPN.MRCNN_HEAD_FUNC -> norm of its convolutions
+HEADS = {"maskrcnn_up4conv_head": "None", "maskrcnn_up4conv_gn_head": "GN"}
+
+
+def mask_head(features, *, num_convs, channels, num_classes, norm):
+    """Convolutions, upsampling by two, and one mask per class.
+
+    Args:
+        features: [F, M / 2, M / 2, D]. num_convs: 4 in FPN, 0 in C4. norm: "None" or "GN".
+    Returns:
+        logits float32 [F, M, M, C]
+    """
+    x = features
+    with tfv1.variable_scope("maskrcnn", reuse=tfv1.AUTO_REUSE):
+        for i in range(num_convs):
+            x = conv2d(f"fcn{i}", x, channels, 3, initializer=HE_FAN_OUT, activation=tf.nn.relu)
+            if norm == "GN":
+                x = group_norm(f"gn{i}", x)
+        x = deconv2x2("deconv", x, channels, initializer=HE_FAN_OUT, activation=tf.nn.relu)
+        logits = conv2d("conv", x, num_classes, 1, initializer=normal_initializer(0.001))
+    return tf.cast(logits, tf.float32)
+
+
+def of_label(logits, labels):
+    """Each RoI's mask of its own class: [F, M, M, C] and int64 [F] in 1..C -> [F, M, M]."""
+    _, height, width, classes = shape_list(logits)
+    rows = tf.transpose(tf.reshape(logits, [-1, height * width, classes]), [0, 2, 1])
+    return tf.reshape(tf.gather(rows, labels - 1, batch_dims=1), [-1, height, width])
+
+
+def mask_targets(packed_masks, image_shape, image_index, gt_index, boxes, *, resolution):
+    """The ground truth masks, sampled bilinearly once at the centre of each cell of an RoI; 0 outside the image.
+
+    Reads the four neighbouring bits of each sample from the packed masks, so that no full-size mask is made.
+
+    Args:
+        packed_masks: uint8 [N, G, H, ceil(W / 8)], most significant bit first. image_shape: int32 [N, 2].
+        image_index, gt_index: int32 [F], which mask. boxes: float32 [F, 4] in pixels of the image.
+    Returns:
+        float32 [F, M, M] in [0, 1]
+    """
+    x1, y1, x2, y2 = tf.split(boxes, 4, axis=1)
+    height, width = tf.split(tf.gather(image_shape, image_index), 2, axis=1)
+    rows, row_shares = _linear_samples(y1, y2, height, resolution)
+    columns, column_shares = _linear_samples(x1, x2, width, resolution)
+    which = tf.stack([image_index, gt_index], axis=1)
+    total = 0.0
+    for row, row_share in zip(rows, row_shares):
+        for column, column_share in zip(columns, column_shares):
+            bits = _read_bits(packed_masks, which, row, column)
+            total += bits * row_share[:, :, None] * column_share[:, None, :]
+    return total
+
+
+def _linear_samples(low, high, size, resolution):
+    """Where to sample one axis at the centres of `resolution` cells between `low` and `high`, each [F, 1].
+
+    Returns:
+        (left, right): int32 [F, M] neighbours, and their float32 [F, M] shares, 0 for samples beyond the outer pixel
+        centres of an axis of `size` pixels
+    """
+    cell = (tf.range(resolution, dtype=tf.float32) + 0.5) / resolution
+    position = low + (high - low) * cell - 0.5  # pixel centres lie at + 0.5
+    last = tf.cast(size - 1, tf.float32)
+    is_inside = tf.cast((position >= 0) & (position <= last), tf.float32)
+    left = tf.floor(tf.clip_by_value(position, 0.0, last))
+    right = tf.minimum(left + 1, last)
+    share = position - left
+    return (tf.cast(left, tf.int32), tf.cast(right, tf.int32)), ((1 - share) * is_inside, share * is_inside)
+
+
+def _read_bits(packed_masks, which, row, column):
+    """Pixels of packed masks: uint8 [N, G, H, W / 8], which [F, 2], row [F, M], column [F, M] -> float32 [F, M, M]."""
+    f, resolution = shape_list(row)
+    shape = [f, resolution, resolution]
+    place = [which[:, 0, None, None], which[:, 1, None, None], row[:, :, None], column[:, None, :] // 8]
+    octets = tf.gather_nd(packed_masks, tf.stack([tf.broadcast_to(i, shape) for i in place], axis=-1))
+    weight = tf.bitwise.left_shift(1, 7 - column % 8)[:, None, :]
+    return tf.cast(tf.bitwise.bitwise_and(tf.cast(octets, tf.int32), weight) > 0, tf.float32)
+
+
+def mask_loss(logits, targets, image_index, *, num_images):
+    """Cross-entropy with the masks of the ground truth's class.
+
+    Args:
+        logits: float32 [F, M, M], of the RoI's class. targets: float32 [F, M, M]. image_index: int32 [F].
+    Returns:
+        scalar: the mean over an image's RoIs and pixels (0 where it has none), then over images
+    """
+    losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=logits)
+    of_roi = tf.reduce_mean(losses, axis=[1, 2])
+    total = tf.math.unsorted_segment_sum(of_roi, image_index, num_images)
+    count = tf.math.unsorted_segment_sum(tf.ones_like(of_roi), image_index, num_images)
+    return tf.reduce_mean(tf.math.divide_no_nan(total, count))
+
+
+def mask_metrics(logits, targets):
+    """How the masks stand: dict of scalars, for summaries only."""
+    predicted, actual = logits > 0, targets > 0.5
+    right = tf.reduce_sum(tf.cast(tf.equal(predicted, actual), tf.float32))
+    overlap = tf.reduce_sum(tf.cast(predicted & actual, tf.float32))
+    union = tf.reduce_sum(tf.cast(predicted | actual, tf.float32))
+    pixels = tf.cast(tf.size(logits), tf.float32)
+    return {
+        "accuracy": tf.math.divide_no_nan(right, pixels),
+        "iou": tf.math.divide_no_nan(overlap, union),
+    }

@@ -1,0 +1,405 @@
+"""Faster, Mask and Cascade R-CNN: the one place that knows how the parts fit together, and that reads the config.
+
+Shapes: N images, H and W of the padded batch, G ground truths, S RoI slots per image, R = N * S RoIs of all images,
+F foreground RoIs of all images, C classes, M mask resolution. The batch is described in `input_signature`.
+
+C4 is a pyramid of one level: only where the features of RoIs come from differs.
+"""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+from tensorpack import ModelDesc
+from tensorpack.compat import tfv1
+from tensorpack.models import regularize_cost
+from tensorpack.tfutils.optimizer import AccumGradOptimizer
+from tensorpack.tfutils.summary import add_moving_summary
+
+import boxes as np_boxes
+from config import config
+
+from . import box_head, box_ops, cascade, mask_head, rpn
+from .backbone import frozen, resnet, resnet_stage
+from .fpn import fpn
+
+C4_RESOLUTION = 14
+BOX_RESOLUTION, MASK_RESOLUTION = 7, 14
+RPN_PURPOSE = 1  # of random keys
+FPN_STRIDE = 32  # FPN works on images padded to a multiple of this
+
+
+def input_signature(*, training):
+    """The batch, as TensorSpecs by name."""
+    spec = {
+        "image": ([None, None, None, 3], tf.uint8),  # [N, H, W, 3], BGR
+        "image_shape": ([None, 2], tf.int32),  # height, width of the part that is image
+    }
+    if training:
+        spec["gt_boxes"] = ([None, None, 4], tf.float32)  # [N, G, 4], zero rows past an image's own count
+        spec["gt_labels"] = ([None, None], tf.int64)  # [N, G], 0 = padding, -1 = crowd region
+        if config.MODE_MASK:
+            spec["gt_masks"] = ([None, None, None, None], tf.uint8)  # [N, G, H, ceil(W / 8)], packed bits
+        spec["image_id"] = ([None], tf.int64)
+        spec["sample_key"] = ([None, 2], tf.int32)  # seed, position in the order of the data
+    return [tf.TensorSpec(shape, dtype, name) for name, (shape, dtype) in spec.items()]
+
+
+class RCNN(ModelDesc):
+    """The training graph, as tensorpack's trainers take it."""
+
+    def __init__(self, *, learning_rate, accumulate=1):
+        """
+        Args:
+            learning_rate: for the mean gradient of a whole update. accumulate: steps of which an update is made.
+        """
+        self._learning_rate, self._accumulate = learning_rate, accumulate
+
+    def inputs(self):
+        return input_signature(training=True)
+
+    def build_graph(self, *inputs):
+        batch = dict(zip((spec.name for spec in self.inputs()), inputs))
+        losses, metrics = build_training(**batch)
+        decay = config.TRAIN.WEIGHT_DECAY
+        losses["wd_cost"] = regularize_cost(".*/W", lambda w: decay * tf.nn.l2_loss(w), name="wd_cost_sum")
+        losses = {name: tf.identity(loss, name) for name, loss in losses.items()}
+        total_cost = tf.add_n(list(losses.values()), name="total_cost")
+        add_moving_summary(total_cost, *losses.values())
+        add_moving_summary(*[tf.identity(metric, name) for name, metric in metrics.items()])
+        return total_cost
+
+    def optimizer(self):
+        learning_rate = tfv1.get_variable("learning_rate", initializer=self._learning_rate, trainable=False)
+        tfv1.summary.scalar("learning_rate-summary", learning_rate)
+        if self._accumulate == 1:
+            return tfv1.train.MomentumOptimizer(learning_rate, 0.9)
+        # The accumulator holds a sum, an update is for the mean.
+        return AccumGradOptimizer(tfv1.train.MomentumOptimizer(learning_rate / self._accumulate, 0.9), self._accumulate)
+
+
+def build_training(image, image_shape, gt_boxes, gt_labels, image_id, sample_key, gt_masks=None):
+    """The losses of a batch: see `input_signature`.
+
+    Returns:
+        two dicts of float32 scalars: losses, each the mean over images and to be summed up; and metrics
+    """
+    del image_id  # travels with the batch for messages
+    features, strides = _features(image, image_shape, training=True)
+    logits, deltas, anchors = _rpn(features, strides, image_shape)
+    losses, metrics = _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sample_key)
+    proposals = _propose(logits, deltas, anchors, image_shape, training=True)
+    rois = box_head.sample_rois(
+        proposals,
+        gt_boxes,
+        gt_labels,
+        sample_key,
+        foreground_iou=config.FRCNN.FG_THRESH,
+        batch_per_image=config.FRCNN.BATCH_PER_IM,
+        foreground_ratio=config.FRCNN.FG_RATIO,
+    )
+    features = _RoIFeatures(features, strides, training=True)
+    box_losses, box_metrics, box_features = _box_branch(features, rois, image_shape, gt_boxes, gt_labels)
+    losses, metrics = {**losses, **box_losses}, {**metrics, **box_metrics}
+    if config.MODE_MASK:
+        mask_losses, mask_metrics = _mask_branch(features, box_features, rois, image_shape, gt_masks)
+        losses, metrics = {**losses, **mask_losses}, {**metrics, **mask_metrics}
+    return losses, metrics
+
+
+def build_inference(image, image_shape):
+    """The detections of a batch.
+
+    Args:
+        image: uint8 [N, H, W, 3], BGR, padded at the bottom and right. image_shape: int32 [N, 2].
+    Returns:
+        box_head.Detections of all images together, with masks [R, M, M] if config.MODE_MASK
+    """
+    features, strides = _features(image, image_shape, training=False)
+    logits, deltas, anchors = _rpn(features, strides, image_shape)
+    proposals = _propose(logits, deltas, anchors, image_shape, training=False)
+    features = _RoIFeatures(features, strides, training=False)
+    detections = _detect(features, proposals, image_shape)
+    if not config.MODE_MASK:
+        return detections
+    mask_features = features.for_masks(detections.boxes, detections.image_index)
+    logits = mask_head.of_label(_mask_logits(mask_features), detections.labels)
+    return detections._replace(masks=tf.sigmoid(logits))
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+
+def _backbone_options(training):
+    """What every stage is made with. Without training, batch norm uses the stored statistics, so it can be folded."""
+    norm = config.BACKBONE.NORM
+    return {
+        "norm": "FreezeBN" if norm == "SyncBN" and not training else norm,
+        "tf_pad_mode": config.BACKBONE.TF_PAD_MODE,
+        "stride_1x1": config.BACKBONE.STRIDE_1X1,
+    }
+
+
+def _normalise(image, image_shape):
+    """uint8 BGR to float32 of mean 0 and deviation 1; the padding stays 0."""
+    mean, std = (np.array(x[::-1], np.float32) for x in (config.PREPROC.PIXEL_MEAN, config.PREPROC.PIXEL_STD))
+    height, width = tf.shape(image)[1], tf.shape(image)[2]
+    rows, columns = (tf.sequence_mask(image_shape[:, axis], size) for axis, size in ((0, height), (1, width)))
+    is_image = tf.cast(rows[:, :, None] & columns[:, None, :], tf.float32)[..., None]
+    return (tf.cast(image, tf.float32) - mean) * is_image / std
+
+
+def _features(image, image_shape, *, training):
+    """The maps that the proposals are made from, and their strides in pixels."""
+    num_blocks = config.BACKBONE.RESNET_NUM_BLOCKS
+    features = resnet(
+        _normalise(image, image_shape),
+        num_blocks=num_blocks if config.MODE_FPN else num_blocks[:3],
+        width=config.BACKBONE.WIDTH,
+        freeze_at=config.BACKBONE.FREEZE_AT,
+        freeze_affine=config.BACKBONE.FREEZE_AFFINE,
+        **_backbone_options(training),
+    )
+    if config.MODE_FPN:
+        return fpn(features, channels=config.FPN.NUM_CHANNEL, norm=config.FPN.NORM), config.FPN.ANCHOR_STRIDES
+    return features[-1:], [config.RPN.ANCHOR_STRIDE]
+
+
+class _RoIFeatures:
+    """Pools the features of RoIs. The published models of the two families differ here, and only here."""
+
+    def __init__(self, features, strides, *, training):
+        # p6 is for proposals alone
+        levels = slice(0, 4) if config.MODE_FPN else slice(0, 1)
+        self._pyramid = [box_ops.extend_border(x) for x in features[levels]]
+        self._strides = strides[levels]
+        self._dtype = features[0].dtype
+        self._training = training
+
+    def _align(self, boxes, image_index, resolution):
+        aligned = box_ops.multilevel_roi_align(self._pyramid, self._strides, boxes, image_index, resolution=resolution)
+        return tf.cast(aligned, self._dtype)
+
+    def _c4_stage(self, boxes, image_index):
+        """The backbone's last stage, on RoIs: [R, 7, 7, D]."""
+        x = self._align(boxes, image_index, C4_RESOLUTION)
+        with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE):
+            return resnet_stage(
+                x,
+                3,
+                num_blocks=config.BACKBONE.RESNET_NUM_BLOCKS[3],
+                width=config.BACKBONE.WIDTH * 8,
+                freeze=frozen(4, config.BACKBONE.FREEZE_AT, config.BACKBONE.FREEZE_AFFINE),
+                **_backbone_options(self._training),
+            )
+
+    def for_boxes(self, boxes, image_index):
+        """boxes float32 [R, 4], image_index int32 [R] -> [R, 7, 7, D]"""
+        if config.MODE_FPN:
+            return self._align(boxes, image_index, BOX_RESOLUTION)
+        return self._c4_stage(boxes, image_index)
+
+    def for_masks(self, boxes, image_index, *, box_features=None, rows=None):
+        """boxes float32 [F, 4], image_index int32 [F] -> [F, M / 2, M / 2, D].
+
+        C4's masks share the features of the boxes: where `box_features` [R, 7, 7, D] are given, they are its `rows`.
+        """
+        if config.MODE_FPN:
+            return self._align(boxes, image_index, MASK_RESOLUTION)
+        if box_features is not None:
+            return tf.gather(box_features, rows)
+        return self._c4_stage(boxes, image_index)
+
+
+# ---------------------------------------------------------------------------------------------------- proposals
+
+
+def _rpn(features, strides, image_shape):
+    """RPN head and anchors of every level: lists of logits [N, A], deltas [N, A, 4], rpn.Anchors."""
+    sizes, ratios = config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS
+    size_of_level = [[size] for size in sizes] if config.MODE_FPN else [sizes]
+    base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
+    logits, deltas = rpn.rpn_head(
+        features,
+        channels=config.FPN.NUM_CHANNEL if config.MODE_FPN else config.RPN.HEAD_DIM,
+        num_anchors=len(base_anchors[0]),
+    )
+    anchors = [
+        rpn.level_anchors(x, _valid_cells(image_shape, stride), stride=stride, base_anchors=base, level=level)
+        for level, (x, stride, base) in enumerate(zip(features, strides, base_anchors))
+    ]
+    return logits, deltas, anchors
+
+
+def _valid_cells(image_shape, stride):
+    """Rows and columns of a level's map that each image would have alone: int32 [N, 2]."""
+    if not config.MODE_FPN:
+        return image_shape // stride
+    padded = -(-image_shape // FPN_STRIDE) * FPN_STRIDE
+    return -(-padded // stride)
+
+
+def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sample_key):
+    logits, deltas = tf.concat(logits, axis=1), tf.concat(deltas, axis=1)
+    boxes, identity = (tf.concat([getattr(level, x) for level in anchors], axis=0) for x in ("boxes", "identity"))
+    targets = rpn.anchor_targets(
+        boxes,
+        tf.concat([level.is_valid for level in anchors], axis=1),
+        image_shape,
+        gt_boxes,
+        gt_labels,
+        foreground_iou=config.RPN.POSITIVE_ANCHOR_THRESH,
+        background_iou=config.RPN.NEGATIVE_ANCHOR_THRESH,
+        crowd_overlap=config.RPN.CROWD_OVERLAP_THRESH,
+    )
+    losses, picked = rpn.rpn_losses(
+        logits,
+        deltas,
+        boxes,
+        targets,
+        gt_boxes,
+        box_ops.random_keys(sample_key, identity, purpose=RPN_PURPOSE),
+        batch_per_image=config.RPN.BATCH_PER_IM,
+        foreground_ratio=config.RPN.FG_RATIO,
+    )
+    return losses, rpn.rpn_metrics(logits, picked)
+
+
+def _max_log_size():
+    """The limit of a box's growth: from the smallest anchor's scale, 16 pixels, to the largest image."""
+    max_size = config.PREPROC.MAX_SIZE
+    if config.MODE_FPN:
+        max_size = math.ceil(max_size / FPN_STRIDE) * FPN_STRIDE
+    return math.log(max_size / 16.0)
+
+
+def _propose(logits, deltas, anchors, image_shape, *, training):
+    phase = "TRAIN" if training else "TEST"
+    if config.MODE_FPN and config.FPN.PROPOSAL_MODE == "Level":
+        pre_nms_topk = post_nms_topk = getattr(config.RPN, f"{phase}_PER_LEVEL_NMS_TOPK")
+    else:
+        logits, deltas = [tf.concat(logits, axis=1)], [tf.concat(deltas, axis=1)]
+        boxes, identity = (tf.concat([getattr(level, x) for level in anchors], axis=0) for x in ("boxes", "identity"))
+        anchors = [rpn.Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))]
+        pre_nms_topk, post_nms_topk = (getattr(config.RPN, f"{phase}_{x}_NMS_TOPK") for x in ("PRE", "POST"))
+    return rpn.propose(
+        logits,
+        deltas,
+        anchors,
+        image_shape,
+        pre_nms_topk=pre_nms_topk,
+        post_nms_topk=post_nms_topk,
+        nms_threshold=config.RPN.PROPOSAL_NMS_THRESH,
+        min_size=config.RPN.MIN_SIZE,
+        max_log_size=_max_log_size(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- boxes
+
+
+def _head_outputs(x, scope, *, class_agnostic):
+    """The box head under the published scopes: [R, 7, 7, D] -> class_logits, deltas."""
+    outputs = dict(num_classes=config.DATA.NUM_CATEGORY, class_agnostic=class_agnostic)
+    with tfv1.variable_scope(scope):
+        if not config.MODE_FPN:
+            return box_head.box_outputs(tf.reduce_mean(x, axis=[1, 2]), **outputs)
+        head, norm = box_head.HEADS[config.FPN.FRCNN_HEAD_FUNC]
+        with tfv1.variable_scope("head") if config.FPN.CASCADE else tf.name_scope("head"):
+            x = head(
+                x, conv_channels=config.FPN.FRCNN_CONV_HEAD_DIM, fc_channels=config.FPN.FRCNN_FC_HEAD_DIM, norm=norm
+            )
+        with tfv1.variable_scope("outputs"):
+            return box_head.box_outputs(x, **outputs)
+
+
+def _run_cascade(features, boxes, is_valid, image_shape):
+    def head(index, boxes):
+        x = features.for_boxes(tf.reshape(boxes, [-1, 4]), box_head.image_index(boxes))
+        x = cascade.scale_gradient(x, 1.0 / len(config.CASCADE.IOUS))
+        return _head_outputs(x, f"cascade_rcnn_stage{index + 1}", class_agnostic=True)
+
+    return cascade.cascade(
+        boxes,
+        is_valid,
+        image_shape,
+        head=head,
+        weights=config.CASCADE.BBOX_REG_WEIGHTS,
+        max_log_size=_max_log_size(),
+    )
+
+
+def _box_branch(features, rois, image_shape, gt_boxes, gt_labels):
+    """Losses and metrics of the box head, or of every stage of a cascade; and the RoIs' features, if not a cascade."""
+    if not config.FPN.CASCADE:
+        x = features.for_boxes(tf.reshape(rois.boxes, [-1, 4]), box_head.image_index(rois.boxes))
+        class_logits, deltas = _head_outputs(x, "fastrcnn", class_agnostic=False)
+        losses = box_head.box_losses(class_logits, deltas, rois, gt_boxes, weights=config.FRCNN.BBOX_REG_WEIGHTS)
+        metrics = box_head.box_metrics(class_logits, rois)
+        return _prefixed("fastrcnn_losses", losses), _prefixed("fastrcnn", metrics), x
+    losses, metrics = {}, {}
+    stages, _ = _run_cascade(features, rois.boxes, rois.is_valid, image_shape)
+    for index, (stage, iou) in enumerate(zip(stages, config.CASCADE.IOUS)):
+        if index > 0:
+            rois = box_head.label_rois(stage.boxes, stage.is_valid, gt_boxes, gt_labels, foreground_iou=iou)
+        weights = config.CASCADE.BBOX_REG_WEIGHTS[index]
+        stage_losses = box_head.box_losses(stage.class_logits, stage.deltas, rois, gt_boxes, weights=weights)
+        losses.update(_prefixed(f"cascade_loss_stage{index + 1}/fastrcnn_losses", stage_losses))
+        metrics.update(_prefixed(f"cascade_stage{index + 1}", box_head.box_metrics(stage.class_logits, rois)))
+    return losses, metrics, None
+
+
+def _detect(features, proposals, image_shape):
+    """Classify and refine the proposals, and keep the best: Detections without masks."""
+    n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
+    if config.FPN.CASCADE:
+        stages, boxes = _run_cascade(features, proposals.boxes, proposals.is_valid, image_shape)
+        probabilities, boxes = cascade.mean_probabilities(stages), boxes[:, :, None, :]
+    else:
+        x = features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
+        class_logits, deltas = _head_outputs(x, "fastrcnn", class_agnostic=False)
+        probabilities = tf.nn.softmax(class_logits)
+        deltas = tf.reshape(deltas, [n, slots, config.DATA.NUM_CATEGORY + 1, 4])[:, :, 1:]
+        boxes = box_ops.decode(
+            deltas, proposals.boxes[:, :, None], weights=config.FRCNN.BBOX_REG_WEIGHTS, max_log_size=_max_log_size()
+        )
+    return box_head.detect(
+        tf.reshape(probabilities, [n, slots, config.DATA.NUM_CATEGORY + 1]),
+        boxes,
+        proposals.is_valid,
+        image_shape,
+        score_threshold=config.TEST.RESULT_SCORE_THRESH,
+        nms_threshold=config.TEST.FRCNN_NMS_THRESH,
+        max_per_image=config.TEST.RESULTS_PER_IM,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+def _mask_logits(features):
+    norm = mask_head.HEADS[config.FPN.MRCNN_HEAD_FUNC] if config.MODE_FPN else "None"
+    return mask_head.mask_head(
+        features,
+        num_convs=4 if config.MODE_FPN else 0,
+        channels=config.MRCNN.HEAD_DIM,
+        num_classes=config.DATA.NUM_CATEGORY,
+        norm=norm,
+    )
+
+
+def _mask_branch(features, box_features, rois, image_shape, gt_masks):
+    """Losses and metrics of the masks of the foreground RoIs (in a cascade: of the first stage's)."""
+    n, slots = tf.shape(rois.boxes)[0], tf.shape(rois.boxes)[1]
+    foreground = tf.where(rois.is_foreground)
+    boxes, labels, gt_index = (tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index))
+    image, slot = tf.unstack(tf.cast(foreground, tf.int32), axis=1)
+    x = features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
+    logits = mask_head.of_label(_mask_logits(x), labels)
+    targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
+    loss = mask_head.mask_loss(logits, targets, image, num_images=n)
+    return {"maskrcnn_loss/maskrcnn_loss": loss}, _prefixed("maskrcnn", mask_head.mask_metrics(logits, targets))
+
+
+def _prefixed(prefix, scalars):
+    return {f"{prefix}/{name}": value for name, value in scalars.items()}

@@ -1,0 +1,225 @@
+"""Region Proposal Network, arXiv:1506.01497, over a list of levels; C4 has one level, FPN five.
+
+Shapes: N images, H and W of a level's map, K anchors per cell, A = anchors of a level or of all levels, G ground truths.
+anchors: float32 [A, 4] x1 y1 x2 y2 in pixels of the padded image, the same for all images, ordered row, column, kind.
+labels of anchors: foreground, background, or neither (ignored). logits: objectness, before the sigmoid.
+deltas: see `box_ops`, with weights of 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorpack.compat import tfv1
+
+from . import box_ops
+from .layers import conv2d, normal_initializer, shape_list
+
+HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
+
+
+class Anchors(NamedTuple):
+    """The anchors of one level."""
+
+    boxes: tf.Tensor  # float32 [A, 4]
+    identity: tf.Tensor  # int64 [A]: who an anchor is, whatever the size of the map
+    is_valid: tf.Tensor  # bool [N, A]: its cell belongs to the image, not to the padding of the batch
+
+
+class Proposals(NamedTuple):
+    """The best boxes of each image, best first."""
+
+    boxes: tf.Tensor  # float32 [N, P, 4], clipped to the image, no gradient
+    logits: tf.Tensor  # float32 [N, P]
+    is_valid: tf.Tensor  # bool [N, P]
+
+
+def rpn_head(features, *, channels, num_anchors):
+    """The head, shared by all levels.
+
+    Args:
+        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell.
+    Returns:
+        logits: list of float32 [N, A]; deltas: list of float32 [N, A, 4]
+    """
+    logits, deltas = [], []
+    init = normal_initializer(0.01)
+    for x in features:
+        with tfv1.variable_scope("rpn", reuse=tfv1.AUTO_REUSE):
+            hidden = conv2d("conv0", x, channels, 3, initializer=init, activation=tf.nn.relu)
+            level_logits = conv2d("class", hidden, num_anchors, 1, initializer=init)
+            level_deltas = conv2d("box", hidden, 4 * num_anchors, 1, initializer=init)
+        n = shape_list(x)[0]
+        logits.append(tf.cast(tf.reshape(level_logits, [n, -1]), tf.float32))
+        deltas.append(tf.cast(tf.reshape(level_deltas, [n, -1, 4]), tf.float32))
+    return logits, deltas
+
+
+def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
+    """Anchors of one level.
+
+    Args:
+        feature_map: [N, H, W, C], for its size
+        valid_cells: int32 [N, 2], rows and columns of each image that are not the batch's padding
+        stride: pixels per cell. base_anchors: float32 [K, 4] NumPy, centred on (0, 0). level: its index.
+    """
+    _, height, width, _ = shape_list(feature_map)
+    kinds = len(base_anchors)
+    row, column = (x[..., None] for x in tf.meshgrid(tf.range(height), tf.range(width), indexing="ij"))
+    kind = tf.range(kinds)
+    center = tf.cast(tf.stack([column, row, column, row], axis=-1) * stride, tf.float32)
+    boxes = tf.reshape(center + np.asarray(base_anchors, np.float32), [-1, 4])
+    digits = [tf.cast(x, tf.int64) for x in (row, column, kind)]
+    identity = ((level * 2**14 + digits[0]) * 2**14 + digits[1]) * kinds + digits[2]
+    inside = (row[None] < valid_cells[:, 0, None, None, None]) & (column[None] < valid_cells[:, 1, None, None, None])
+    is_valid = tf.reshape(tf.repeat(inside, kinds, axis=-1), [tf.shape(valid_cells)[0], -1])
+    return Anchors(boxes, tf.reshape(identity, [-1]), is_valid)
+
+
+class AnchorTargets(NamedTuple):
+    """What each anchor should become."""
+
+    is_foreground: tf.Tensor  # bool [N, A]
+    is_background: tf.Tensor  # bool [N, A]
+    gt_index: tf.Tensor  # int32 [N, A], the ground truth of highest overlap, the first one on ties
+
+
+def anchor_targets(
+    anchors, is_valid, image_shape, gt_boxes, gt_labels, *, foreground_iou, background_iou, crowd_overlap
+):
+    """Label anchors. Only those entirely inside the image take part (arXiv:1506.01497 sec. 3.1.2).
+
+    Args:
+        anchors: float32 [A, 4]. is_valid: bool [N, A]. image_shape: int32 [N, 2].
+        gt_boxes: float32 [N, G, 4]. gt_labels: int64 [N, G], 0 = padding, -1 = crowd region.
+        crowd_overlap: anchors covered by a crowd region to a larger share than this are ignored; >= 1 switches it off
+    """
+    candidate = is_valid & _is_inside(anchors, image_shape)
+    is_object = gt_labels > 0
+    usable = candidate[:, :, None] & is_object[:, None, :]
+    iou = tf.where(usable, box_ops.pairwise_iou(anchors[None], gt_boxes), -1.0)
+    best_iou = tf.reduce_max(iou, axis=2)
+    best_of_gt = tf.reduce_max(iou, axis=1, keepdims=True)
+    is_best = tf.reduce_any(tf.equal(iou, best_of_gt) & usable, axis=2)
+    # In this order: an object's best anchor is foreground only if it is not background.
+    is_background = candidate & (best_iou < background_iou)
+    is_foreground = candidate & (is_best | (best_iou >= foreground_iou)) & ~is_background
+    if crowd_overlap < 1:
+        covered = _is_covered_by_crowd(anchors, gt_boxes, gt_labels, crowd_overlap)
+        is_foreground, is_background = is_foreground & ~covered, is_background & ~covered
+    return AnchorTargets(is_foreground, is_background, tf.argmax(iou, axis=2, output_type=tf.int32))
+
+
+def _is_inside(anchors, image_shape):
+    x1, y1, x2, y2 = tf.unstack(anchors[None], axis=-1)
+    height, width = tf.split(tf.cast(image_shape, tf.float32), 2, axis=1)
+    return (x1 >= 0) & (y1 >= 0) & (x2 <= width) & (y2 <= height)
+
+
+def _is_covered_by_crowd(anchors, gt_boxes, gt_labels, crowd_overlap):
+    ioa = box_ops.pairwise_ioa(anchors[None], gt_boxes)
+    return tf.reduce_any((ioa > crowd_overlap) & (gt_labels < 0)[:, None, :], axis=2)
+
+
+def rpn_losses(logits, deltas, anchors, targets, gt_boxes, keys, *, batch_per_image, foreground_ratio):
+    """Losses on a random sample of anchors, over all levels together; the mean over images.
+
+    Args:
+        logits: float32 [N, A]. deltas: float32 [N, A, 4]. anchors: float32 [A, 4]. targets: AnchorTargets.
+        gt_boxes: float32 [N, G, 4]. keys: float32 [N, A], random.
+    Returns:
+        dict of scalars, each a sum over the sample / `batch_per_image`, and the Sample
+    """
+    picked = box_ops.sample(
+        targets.is_foreground, targets.is_background, keys, size=batch_per_image, foreground_ratio=foreground_ratio
+    )
+    labels = tf.cast(picked.is_foreground, tf.float32)
+    picked_logits = tf.gather(logits, picked.index, batch_dims=1)
+    label_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=picked_logits)
+    # Slots that are not foreground stand in with a pair of equal boxes, whose loss is then left out.
+    matched = tf.gather(gt_boxes, tf.gather(targets.gt_index, picked.index, batch_dims=1), batch_dims=1)
+    picked_anchors = tf.gather(anchors, picked.index)
+    matched = tf.where(picked.is_foreground[..., None], matched, picked_anchors)
+    errors = tf.gather(deltas, picked.index, batch_dims=1) - box_ops.encode(matched, picked_anchors)
+    box_losses = tf.reduce_sum(huber(errors, HUBER_DELTA), axis=2) / HUBER_DELTA
+    per_image = float(batch_per_image) * tf.cast(tf.shape(logits)[0], tf.float32)
+    losses = {
+        "rpn_losses/label_loss": tf.reduce_sum(tf.where(picked.is_valid, label_losses, 0.0)) / per_image,
+        "rpn_losses/box_loss": tf.reduce_sum(tf.where(picked.is_foreground, box_losses, 0.0)) / per_image,
+    }
+    return losses, picked
+
+
+def huber(x, delta):
+    """x^2 / 2 near 0, delta * (|x| - delta / 2) beyond `delta` (Huber 1964)."""
+    magnitude = tf.abs(x)
+    bounded = tf.minimum(magnitude, delta)
+    return bounded * (magnitude - 0.5 * bounded)
+
+
+def rpn_metrics(logits, picked):
+    """How the objectness of the sampled anchors stands: dict of scalars, for summaries only."""
+    positive = tf.gather(logits, picked.index, batch_dims=1) > 0.0
+    correct = tf.equal(positive, picked.is_foreground) & picked.is_valid
+    found = positive & picked.is_foreground
+    return {
+        "rpn/num_foreground": _mean_count(picked.is_foreground),
+        "rpn/accuracy": _ratio(correct, picked.is_valid),
+        "rpn/recall": _ratio(found, picked.is_foreground),
+    }
+
+
+def _mean_count(mask):
+    return tf.reduce_mean(tf.reduce_sum(tf.cast(mask, tf.float32), axis=1))
+
+
+def _ratio(part, whole):
+    return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(part, tf.float32)), tf.reduce_sum(tf.cast(whole, tf.float32)))
+
+
+def propose(
+    logits, deltas, anchors, image_shape, *, pre_nms_topk, post_nms_topk, nms_threshold, min_size, max_log_size
+):
+    """Decode, clip, filter, suppress and rank: the proposals of each image.
+
+    Args:
+        logits, deltas: lists of [N, A], [N, A, 4], one entry per group in which boxes compete in NMS (a level, or all
+            levels joined). anchors: list of Anchors, alike. image_shape: int32 [N, 2].
+        pre_nms_topk: candidates per group. post_nms_topk: kept per group and, over all groups, in the end.
+        max_log_size: see `box_ops.decode`
+    Returns:
+        Proposals, P = `post_nms_topk` or the number of candidates if that is less
+    """
+    boxes, scores = [], []
+    for group_logits, group_deltas, group_anchors in zip(logits, deltas, anchors):
+        group_scores = tf.where(group_anchors.is_valid, group_logits, box_ops.NO_SCORE)
+        group_scores, index = tf.math.top_k(group_scores, tf.minimum(pre_nms_topk, tf.shape(group_scores)[1]))
+        references = tf.gather(group_anchors.boxes, index)
+        best_deltas = tf.gather(group_deltas, index, batch_dims=1)
+        group_boxes = box_ops.clip(box_ops.decode(best_deltas, references, max_log_size=max_log_size), image_shape)
+        keep = box_ops.is_larger_than(group_boxes, min_size)
+        boxes.append(group_boxes)
+        scores.append(tf.where(keep, group_scores, box_ops.NO_SCORE))
+    return _suppress_and_rank(boxes, scores, nms_threshold=nms_threshold, keep=post_nms_topk)
+
+
+def _suppress_and_rank(boxes, scores, *, nms_threshold, keep):
+    """NMS within each group, one problem per image and group, then the best over all groups."""
+    size = tf.reduce_max(tf.stack([tf.shape(x)[1] for x in scores]))
+    keep_of_group = tf.minimum(keep, size)
+    fill = [size - tf.shape(x)[1] for x in scores]
+    boxes = tf.stack([tf.pad(x, [[0, 0], [0, f], [0, 0]]) for x, f in zip(boxes, fill)], axis=1)
+    scores = tf.stack(
+        [tf.pad(x, [[0, 0], [0, f]], constant_values=box_ops.NO_SCORE) for x, f in zip(scores, fill)], axis=1
+    )
+    n, groups = tf.shape(scores)[0], scores.shape[1]
+    boxes, scores, _, is_valid = box_ops.batched_nms(
+        tf.stop_gradient(tf.reshape(boxes, [n * groups, size, 1, 4])),
+        tf.stop_gradient(tf.reshape(scores, [n * groups, size, 1])),
+        iou_threshold=nms_threshold,
+        max_output=keep_of_group,
+    )
+    scores = tf.reshape(tf.where(is_valid, scores, box_ops.NO_SCORE), [n, groups * keep_of_group])
+    scores, index = tf.math.top_k(scores, tf.minimum(keep, groups * keep_of_group))
+    boxes = tf.gather(tf.reshape(boxes, [n, groups * keep_of_group, 4]), index, batch_dims=1)
+    return Proposals(boxes, scores, scores > box_ops.NO_SCORE)
