@@ -7,9 +7,11 @@ C4 is a pyramid of one level: only where the features of RoIs come from differs.
 """
 
 import math
+import os
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorpack import ModelDesc
 from tensorpack.compat import tfv1
 from tensorpack.models import regularize_cost
@@ -64,6 +66,8 @@ class RCNN(ModelDesc):
         decay = config.TRAIN.WEIGHT_DECAY
         losses["wd_cost"] = regularize_cost(".*/W", lambda w: decay * tf.nn.l2_loss(w), name="wd_cost_sum")
         losses = {name: tf.identity(loss, name) for name, loss in losses.items()}
+        for loss in losses.values():
+            tfv1.add_to_collection(tfv1.GraphKeys.LOSSES, loss)
         total_cost = tf.add_n(list(losses.values()), name="total_cost")
         add_moving_summary(total_cost, *losses.values())
         add_moving_summary(*[tf.identity(metric, name) for name, metric in metrics.items()])
@@ -149,11 +153,15 @@ def _normalise(image, image_shape):
     return (tf.cast(image, tf.float32) - mean) * is_image / std
 
 
+def _compute_dtype(training):
+    return tf.as_dtype(config.TRAIN.PRECISION if training else config.TEST.PRECISION)
+
+
 def _features(image, image_shape, *, training):
     """The maps that the proposals are made from, and their strides in pixels."""
     num_blocks = config.BACKBONE.RESNET_NUM_BLOCKS
     features = resnet(
-        _normalise(image, image_shape),
+        tf.cast(_normalise(image, image_shape), _compute_dtype(training)),
         num_blocks=num_blocks if config.MODE_FPN else num_blocks[:3],
         width=config.BACKBONE.WIDTH,
         freeze_at=config.BACKBONE.FREEZE_AT,
@@ -403,3 +411,40 @@ def _mask_branch(features, box_features, rois, image_shape, gt_masks):
 
 def _prefixed(prefix, scalars):
     return {f"{prefix}/{name}": value for name, value in scalars.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+def session_config():
+    """How sessions run the graph: on all cores (tensorpack's default is one), with GPU memory as it is needed."""
+    options = tfv1.ConfigProto(allow_soft_placement=True, intra_op_parallelism_threads=os.cpu_count())
+    options.gpu_options.allow_growth = True
+    # No use to us, and its cost estimate of CropAndResize prints pages of warnings.
+    options.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
+    return options
+
+
+class Inference:
+    """The inference graph within the default graph: placeholders in, detections out.
+
+    Variables are shared with what the graph has already (a training tower), or made.
+    """
+
+    def __init__(self):
+        self._inputs = [
+            tfv1.placeholder(spec.dtype, spec.shape, f"inference/{spec.name}")
+            for spec in input_signature(training=False)
+        ]
+        with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE), tf.name_scope("inference"):
+            self._detections = build_inference(*self._inputs)
+
+    def bind(self, session):
+        """The function (image uint8 [N, H, W, 3], image_shape int32 [N, 2]) -> Detections of NumPy arrays."""
+        made = {name: tensor for name, tensor in self._detections._asdict().items() if tensor is not None}
+        run = session.make_callable(list(made.values()), self._inputs)
+
+        def predict(image, image_shape):
+            return self._detections._replace(**dict(zip(made, run(image, image_shape))))
+
+        return predict

@@ -1,0 +1,238 @@
+"""Weights: finding a checkpoint, reading it, and loading it into the model with a report of what matched.
+
+A checkpoint is a `.npz` of the tensorpack model zoo or a TensorFlow checkpoint. Nothing is ever reshaped to fit, and
+nothing is unpickled. `resolve` needs no TensorFlow, so that a wrong path is answered at once.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import UserError
+
+CONFIG_FILE = "config.json"  # the configuration, beside the checkpoints of a run
+NEWEST = "checkpoint"  # TensorFlow's text file that names the newest checkpoint of a directory
+BACKBONE = re.compile(r"^(conv0|group\d+/block\d+)/")
+CLASSIFIER = re.compile(r"^linear/")  # of a backbone trained on ImageNet
+DEPENDS_ON_CLASSES = re.compile(r"^((fastrcnn|cascade_rcnn_stage\d)(/outputs)?/(class|box)|maskrcnn/conv)/[Wb]$")
+MODEL_VARIABLE = re.compile(r"/(W|b|gamma|beta|mean/EMA|variance/EMA)$")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that does not exist, can't be read, or does not fit the model."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint of another model."""
+
+    exit_code = 5
+
+
+# ------------------------------------------------------------------------------------------------------ finding
+
+
+def resolve(path):
+    """Find the checkpoint that a user means.
+
+    Args:
+        path: a `.npz`, a run's directory (its newest checkpoint), `model-500`, or one of its files
+            `model-500.index`, `model-500.data-00000-of-00001`
+    Returns:
+        Path of the `.npz`, or the prefix of a TensorFlow checkpoint
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _newest_in(path)
+    if path.suffix == ".npz" and path.is_file():
+        return path
+    prefix = Path(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", str(path)))
+    if Path(f"{prefix}.index").is_file() and _data_files(prefix):
+        return prefix
+    if Path(f"{prefix}.index").is_file() or _data_files(prefix):
+        raise CheckpointError(f"checkpoint {prefix} is incomplete: it needs an .index and a .data file")
+    raise CheckpointError(f"no checkpoint at {path}; {_what_is_beside(path.parent)}")
+
+
+def _data_files(prefix):
+    return list(prefix.parent.glob(f"{prefix.name}.data-*")) if prefix.parent.is_dir() else []
+
+
+def _complete_in(directory):
+    """Prefixes of the complete TensorFlow checkpoints in a directory, by step."""
+    prefixes = [path.with_suffix("") for path in directory.glob("*.index")]
+    return sorted((p for p in prefixes if _data_files(p)), key=lambda p: (_step(p), p.name))
+
+
+def _step(prefix):
+    number = re.search(r"-(\d+)$", prefix.name)
+    return int(number.group(1)) if number else -1
+
+
+def _newest_in(directory):
+    complete = _complete_in(directory)
+    state = directory / NEWEST
+    if state.is_file():
+        named = re.search(r'^model_checkpoint_path: "(.*)"$', state.read_text(errors="replace"), re.MULTILINE)
+        prefix = directory / Path(named.group(1)).name if named else None
+        if prefix in complete:
+            return prefix
+    if not complete:
+        raise CheckpointError(f"no checkpoint in the directory {directory}; {_what_is_beside(directory)}")
+    return complete[-1]
+
+
+def _what_is_beside(directory):
+    if not directory.is_dir():
+        return f"the directory {directory} does not exist"
+    found = [p.name for p in _complete_in(directory)] + sorted(p.name for p in directory.glob("*.npz"))
+    return "found there: " + (", ".join(found[:8]) if found else "no .npz and no TensorFlow checkpoint")
+
+
+def find_config(path):
+    """The configuration written beside the checkpoint of `resolve`, or None."""
+    candidate = Path(path).parent / CONFIG_FILE
+    return candidate if candidate.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def read(path):
+    """All model variables of a checkpoint: dict from name (without ":0") to float32 array.
+
+    Args:
+        path: as returned by `resolve`
+    """
+    reader = _read_npz if Path(path).suffix == ".npz" else _read_tensorflow
+    try:
+        values = reader(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointMismatch(f"checkpoint {path} can't be read: {str(error).splitlines()[0]}") from error
+    return {name: value for name, value in values.items() if MODEL_VARIABLE.search(name)}
+
+
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as archive:
+        return {name.removesuffix(":0"): archive[name] for name in archive.files}
+
+
+def _read_tensorflow(path):
+    import tensorflow as tf  # not at the top: `resolve` has to answer without it
+
+    try:
+        reader = tf.train.load_checkpoint(str(path))
+        names = [name for name in reader.get_variable_to_shape_map() if MODEL_VARIABLE.search(name)]
+        return {name: reader.get_tensor(name) for name in names}
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise OSError(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------ matching
+
+
+class Match(NamedTuple):
+    """How a file's variables and a model's meet. All are lists of names."""
+
+    loaded: list
+    mismatched: list  # other shapes
+    absent: list  # in the model, not in the file
+    unused: list  # in the file, not in the model
+
+
+def match(values, shapes):
+    """Compare a file with a model.
+
+    Args:
+        values: name -> array, of the file. shapes: name -> list, of the model.
+    Returns:
+        Match, each part sorted by name
+    """
+    common = sorted(set(values) & set(shapes))
+    fits = {name: tuple(values[name].shape) == tuple(shapes[name]) for name in common}
+    return Match(
+        loaded=[name for name in common if fits[name]],
+        mismatched=[name for name in common if not fits[name]],
+        absent=sorted(set(shapes) - set(values)),
+        unused=sorted(set(values) - set(shapes)),
+    )
+
+
+def report(path, values, shapes, matched):
+    """The match as lines to print: one of counts, and one per variable that was not simply loaded."""
+    counts = ", ".join(f"{len(names)} {part}" for part, names in matched._asdict().items())
+    lines = [f"{path}: {counts}"]
+    rows = [(name, f"shape {list(values[name].shape)} in the file, {list(shapes[name])} in the model") for name in matched.mismatched]
+    rows += [(name, "absent in the file") for name in matched.absent]
+    rows += [(name, "unused: not in the model") for name in matched.unused]
+    width = max((len(name) for name, _ in rows[:20]), default=0)
+    lines += [f"  {name:<{width}}  {what}" for name, what in rows[:20]]
+    if len(rows) > 20:
+        lines.append(f"  ... and {len(rows) - 20} more")
+    return lines
+
+
+def check_complete(path, matched):
+    """For prediction: every variable of the model must have been loaded."""
+    if not matched.loaded:
+        raise CheckpointMismatch(f"{path} holds no variable of this model: was it trained with another configuration?")
+    if matched.absent and all(BACKBONE.match(name) for name in matched.loaded):
+        raise CheckpointMismatch(f"{path} holds a backbone, no detector: give it to training as BACKBONE.WEIGHTS")
+    if matched.absent or matched.mismatched:
+        worst = (matched.mismatched + matched.absent)[0]
+        raise CheckpointMismatch(
+            f"{path} does not fit the model: {len(matched.mismatched)} other shapes, {len(matched.absent)} absent, "
+            f"first {worst}; use the configuration of its training"
+        )
+
+
+def check_finetune(path, matched):
+    """For `train.py --load`: only what depends on the number of classes may start fresh."""
+    if not matched.loaded:
+        raise CheckpointMismatch(f"{path} holds no variable of this model")
+    if matched.absent and all(BACKBONE.match(name) for name in matched.loaded):
+        raise CheckpointMismatch(f"{path} holds a backbone, no detector: give it as BACKBONE.WEIGHTS")
+    wrong = [name for name in matched.mismatched if not DEPENDS_ON_CLASSES.match(name)] + matched.absent
+    if wrong:
+        raise CheckpointMismatch(f"{path} is of another model: {len(wrong)} variables don't fit, first {wrong[0]}")
+
+
+def check_backbone(path, matched):
+    """For BACKBONE.WEIGHTS: the whole backbone, and nothing left over but its classifier."""
+    wrong = [name for name in matched.mismatched + matched.absent if BACKBONE.match(name)]
+    if wrong:
+        raise CheckpointMismatch(f"BACKBONE.WEIGHTS {path}: {len(wrong)} backbone variables don't fit, first {wrong[0]}")
+    left = [name for name in matched.unused if not CLASSIFIER.match(name)]
+    if left:
+        raise CheckpointMismatch(f"BACKBONE.WEIGHTS {path} holds {len(left)} variables too many, first {left[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+def model_variables():
+    """The variables of the default graph that a checkpoint of the model holds: name -> variable."""
+    import tensorflow as tf
+
+    found = tf.compat.v1.global_variables()
+    return {v.op.name: v for v in found if MODEL_VARIABLE.search(v.op.name)}
+
+
+def load(path, session, *, check):
+    """Load a checkpoint into the model of the default graph.
+
+    Args:
+        path: as returned by `resolve`. check: `check_complete`, `check_finetune` or `check_backbone`.
+    Returns:
+        Match, and the lines of `report`
+    """
+    variables = model_variables()
+    shapes = {name: variable.shape.as_list() for name, variable in variables.items()}
+    values = read(path)
+    matched = match(values, shapes)
+    check(path, matched)
+    for name in matched.loaded:
+        variables[name].load(values[name].astype(np.float32), session)
+    return matched, report(path, values, shapes, matched)

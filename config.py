@@ -1,0 +1,506 @@
+"""The configuration: every setting with its default, how settings are given, checked, saved and frozen.
+
+    from config import config
+    config.update(["MODE_FPN=True", "TRAIN.BASE_LR=0.02"])    what follows --config on the command line
+    config.check()                                            refuses what makes no sense, before anything is built
+    config.freeze()                                           from here on it is only read: config.TRAIN.BASE_LR
+
+Keys, defaults and meanings are those of the published recipes, so that a recipe can be pasted. A value is a Python
+literal of the default's type (text needs no quotes); nothing is ever evaluated. Lists are stored as tuples.
+"""
+
+import ast
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+
+logger = logging.getLogger(__name__)
+
+
+class UserError(Exception):
+    """Base of the errors that are the user's to mend: programs print the message and end with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, out of range or contradictory: one line for each."""
+
+
+# Units: lengths are pixels of the resized image; IoU, ratios and scores lie in 0..1. A step is one weight update.
+DEFAULTS = dict(
+    TRAINER="replicated",  # "replicated": all GPUs of one machine; "horovod": one process per GPU, on any machines
+    MODE_MASK=True,  # Mask R-CNN: predict a mask for each box
+    MODE_FPN=False,  # feature pyramid (strides 4 to 64) instead of C4's one map of stride 16
+    DATA=dict(
+        BASEDIR="/path/to/your/DATA/DIR",  # the folder that holds `annotations` and the image folders
+        TRAIN=["coco_train2017"],  # names of data sets (see dataset/), used as one
+        VAL=["coco_val2017"],  # names of data sets, evaluated one by one
+        NUM_CATEGORY=-1,  # classes without background; filled in from the training data
+        CLASS_NAMES=[],  # their names after "BG", the background; filled in likewise
+        ABSOLUTE_COORD=True,  # boxes of the annotations are in pixels; the only kind that is read
+        FILTER_EMPTY_ANNOTATIONS=True,  # leave images without objects out of training
+        NUM_WORKERS=10,  # processes that prepare images; 0: in the main process
+    ),
+    BACKBONE=dict(
+        WEIGHTS="",  # file of ImageNet weights to start from; empty: random ones
+        RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # bottleneck blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
+        WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
+        NORM="FreezeBN",  # FreezeBN (statistics of the weights file), SyncBN (of the batch, all GPUs), GN or None
+        FREEZE_AFFINE=False,  # FreezeBN: keep scale and shift of every norm fixed, too
+        FREEZE_AT=2,  # 0 trains the whole backbone, 1 freezes the stem, 2 also the first stage, ... 5 all
+        TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights that were trained so
+        STRIDE_1X1=False,  # stride on a block's first 1x1 convolution (MSRA's ResNets), not on its 3x3 one
+    ),
+    TRAIN=dict(
+        NUM_GPUS=None,  # towers on this machine; None: one for each GPU in sight, or one on the CPU
+        BATCH_SIZE_PER_GPU=1,  # images
+        PRECISION="float32",  # of the network's arithmetic: float32 or bfloat16; variables stay float32
+        SEED=0,  # of weights, data order and samples
+        WEIGHT_DECAY=1e-4,  # of convolution and fully connected kernels
+        BASE_LR=0.01,  # learning rate at a total batch of 8 images; proportional to the total batch
+        WARMUP=1000,  # first steps, in which the learning rate rises linearly; whatever the batch
+        WARMUP_INIT_LR=1e-5,  # where it starts, at a total batch of 8
+        STEPS_PER_EPOCH=500,  # an epoch is a unit of reporting, not a pass over the data
+        STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
+        LR_SCHEDULE="1x",  # "1x" to "9x", or steps at a total batch of 8: at each the rate drops to a tenth, the last ends
+        EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL
+        CHECKPOINT_PERIOD=20,  # epochs between checkpoints
+    ),
+    PREPROC=dict(
+        TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three and more to choose from
+        TEST_SHORT_EDGE_SIZE=800,  # images are resized so that the short edge has this length ...
+        MAX_SIZE=1333,  # ... or less, where the long edge would exceed this one; FPN: rounded up to a multiple of 32
+        PIXEL_MEAN=[123.675, 116.28, 103.53],  # subtracted; red, green, blue on a scale of 0..255
+        PIXEL_STD=[58.395, 57.12, 57.375],  # divided by
+    ),
+    RPN=dict(
+        ANCHOR_STRIDE=16,  # C4: of its only map
+        ANCHOR_SIZES=[32, 64, 128, 256, 512],  # square root of an anchor's area; FPN: one size for each level
+        ANCHOR_RATIOS=[0.5, 1.0, 2.0],  # height / width
+        POSITIVE_ANCHOR_THRESH=0.7,  # IoU with an object from which on an anchor is foreground
+        NEGATIVE_ANCHOR_THRESH=0.3,  # IoU with all objects below which it is background
+        FG_RATIO=0.5,  # largest share of foreground among the sampled anchors
+        BATCH_PER_IM=256,  # anchors sampled per image
+        MIN_SIZE=0,  # proposals need width and height above this; 0 keeps all
+        PROPOSAL_NMS_THRESH=0.7,  # IoU above which the lesser of two proposals goes
+        CROWD_OVERLAP_THRESH=9.99,  # anchors that lie in a crowd region by more than this share are ignored; > 1: none
+        HEAD_DIM=1024,  # channels, C4
+        TRAIN_PRE_NMS_TOPK=12000,  # proposals per image that enter NMS and leave it: C4, and FPN's mode Joint
+        TRAIN_POST_NMS_TOPK=2000,
+        TEST_PRE_NMS_TOPK=6000,
+        TEST_POST_NMS_TOPK=1000,
+        TRAIN_PER_LEVEL_NMS_TOPK=2000,  # FPN's mode Level: of each level before and after NMS, and of all together
+        TEST_PER_LEVEL_NMS_TOPK=1000,
+    ),
+    FRCNN=dict(
+        BATCH_PER_IM=512,  # proposals and true boxes sampled per image
+        BBOX_REG_WEIGHTS=[10.0, 10.0, 5.0, 5.0],  # factors of the box targets x, y, log w, log h
+        FG_THRESH=0.5,  # IoU with an object from which on a proposal is foreground; all others are background
+        FG_RATIO=0.25,  # largest share of foreground among the sampled proposals
+    ),
+    FPN=dict(
+        ANCHOR_STRIDES=[4, 8, 16, 32, 64],  # of the levels p2 to p6
+        PROPOSAL_MODE="Level",  # NMS within each level, or Joint: over all levels together
+        NUM_CHANNEL=256,  # channels of every level
+        NORM="None",  # None or GN
+        FRCNN_HEAD_FUNC="fastrcnn_2fc_head",  # or fastrcnn_4conv1fc_head, fastrcnn_4conv1fc_gn_head
+        FRCNN_CONV_HEAD_DIM=256,  # channels of the box head's convolutions
+        FRCNN_FC_HEAD_DIM=1024,  # channels of its fully connected layers
+        MRCNN_HEAD_FUNC="maskrcnn_up4conv_head",  # or maskrcnn_up4conv_gn_head
+        CASCADE=False,  # Cascade R-CNN: three box heads, each refining the boxes of the one before
+    ),
+    MRCNN=dict(
+        HEAD_DIM=256,  # channels of the mask head
+        ACCURATE_PASTE=True,  # masks are always pasted accurately; kept so that recipes that set it can be pasted
+    ),
+    CASCADE=dict(
+        IOUS=[0.5, 0.6, 0.7],  # what FRCNN.FG_THRESH is, for each box head
+        BBOX_REG_WEIGHTS=[[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
+    ),
+    TEST=dict(
+        BATCH_SIZE_PER_GPU=1,  # images
+        PRECISION="float32",  # float32, bfloat16 or float16
+        FRCNN_NMS_THRESH=0.5,  # IoU above which the lesser of two detections of one class goes
+        RESULT_SCORE_THRESH=0.05,  # detections need a score above this one
+        RESULT_SCORE_THRESH_VIS=0.5,  # the same, in pictures
+        RESULTS_PER_IM=100,  # most detections of an image
+    ),
+)
+
+# Keys that take more than their default's type, as examples of values. The first that fits decides.
+TYPES = {
+    "DATA.TRAIN": ([""], ""),  # one name becomes a list of one
+    "DATA.VAL": ([""], ""),
+    "DATA.CLASS_NAMES": ([""],),
+    "TRAIN.NUM_GPUS": (None, 0),
+    "TRAIN.LR_SCHEDULE": ([0], ""),
+    "PREPROC.TRAIN_SHORT_EDGE_SIZE": (0, [0]),
+    "PREPROC.MAX_SIZE": (0, 0.0),
+    "RPN.ANCHOR_SIZES": ([0], [0.0]),
+    "RPN.MIN_SIZE": (0, 0.0),
+}
+
+
+class _Group:
+    """The keys below a prefix as attributes. Their values are in one flat dict of the Config."""
+
+    def __init__(self, root, prefix):
+        vars(self).update(_root=root, _prefix=prefix)
+
+    def __getattr__(self, name):
+        if name.startswith("_"):  # copy and pickle ask for such
+            raise AttributeError(name)
+        key = self._prefix + name
+        if key in GROUPS:
+            return _Group(self._root, key + ".")
+        if key in FLAT_DEFAULTS:
+            return self._root._values[key]
+        raise AttributeError(_unknown(key))
+
+    def __setattr__(self, name, value):
+        self._root._set(_from_value, [(self._prefix + name, value)])
+
+    def __delattr__(self, name):
+        raise ConfigError(f"{self._prefix + name}: keys cannot be deleted")
+
+    def __str__(self):
+        """A line `KEY = value` for each key; a line can be pasted after --config, in quotes."""
+        return "\n".join(f"{k} = {v!r}" for k, v in self._root._values.items() if k.startswith(self._prefix))
+
+
+class Config(_Group):
+    """All keys, at first with their defaults. Keys are set by attribute, `update` and `load`, by the same rules."""
+
+    def __init__(self):
+        super().__init__(self, "")
+        vars(self).update(_values=dict(FLAT_DEFAULTS), _frozen=False)
+
+    def _set(self, read, items, source=""):
+        """Sets the (key, value) that `read` makes of each item: all, or none and a ConfigError with every problem."""
+        if self._frozen:
+            raise ConfigError("the configuration is frozen: it cannot change any more")
+        values, problems = [], []
+        for item in items:
+            try:
+                values.append(read(item))
+            except ConfigError as error:
+                problems.append(f"{source}{error}")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        self._values.update(values)
+
+    def update(self, overrides):
+        """Sets keys from texts "KEY=VALUE"; all of them, or none and a ConfigError."""
+        self._set(_from_text, overrides)
+
+    def load(self, path):
+        """Sets the keys that a file of `save` names; others stay as they are."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                tree = json.load(file)
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} is damaged or not a configuration: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} is not a configuration: expected a JSON object of keys")
+        self._set(_from_value, _flatten(tree), source=f"{path}: ")
+
+    def save(self, path):
+        """Writes all keys as JSON. `path` is the old file or the whole new one at every moment."""
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self.to_dict(), indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise ConfigError(f"cannot write the configuration {path}: {error.strerror}") from error
+
+    def check(self):
+        """Raises a ConfigError with a line for each setting that makes no sense; warns of those without effect."""
+        problems = [*_out_of_range(self), *_contradictions(self)]
+        if problems:
+            raise ConfigError("\n".join(problems))
+        for line in _without_effect(self):
+            logger.warning(line)
+
+    def freeze(self):
+        """From now on every attempt to set a key is a ConfigError."""
+        vars(self)["_frozen"] = True
+
+    def changes(self):
+        """{key: value} of the keys that differ from their defaults."""
+        return {key: value for key, value in self._values.items() if value != FLAT_DEFAULTS[key]}
+
+    def to_dict(self):
+        """A new tree of dicts, of the form of DEFAULTS."""
+        tree = {}
+        for key, value in self._values.items():
+            group, _, name = key.rpartition(".")
+            (tree.setdefault(group, {}) if group else tree)[name] = value
+        return tree
+
+
+# ------------------------------------------------------------------------------------------------------- reading values
+
+GROUPS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
+
+
+def _flatten(tree):
+    """Yields ("GROUP.NAME" or "NAME", value) of a tree of dicts as DEFAULTS."""
+    for name, value in tree.items():
+        if name in GROUPS and isinstance(value, dict):
+            yield from ((f"{name}.{leaf}", x) for leaf, x in value.items())
+        else:
+            yield name, value
+
+
+def _as(value, example):
+    """`value` in the type of `example`: numbers finite and never rounded, lists as tuples, a text as a list of one.
+
+    ValueError if it does not fit; OverflowError for an integer beyond all floats.
+    """
+    if isinstance(example, (list, tuple)):
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)):
+            return tuple(_as(item, example[0]) for item in items)
+    elif type(value) in (int, float) and type(example) in (int, float):
+        if math.isfinite(value) and type(example)(value) == value:
+            return type(example)(value)
+    elif type(value) is type(example):
+        return value
+    raise ValueError
+
+
+FLAT_DEFAULTS = {key: _as(value, value) for key, value in _flatten(DEFAULTS)}
+
+
+def _types(key):
+    """Examples of what a key takes. ConfigError if there is no such key."""
+    if key in GROUPS:
+        first = next(x for x in FLAT_DEFAULTS if x.startswith(key + "."))
+        raise ConfigError(f"{key} is a group and cannot be set: set its keys, such as {first}")
+    if key not in FLAT_DEFAULTS:
+        raise ConfigError(_unknown(key))
+    return TYPES.get(key, (FLAT_DEFAULTS[key],))
+
+
+def _unknown(key):
+    """The message for a key that does not exist: which keys are spelt alike, in whatever group."""
+    key = _shorten(key)
+
+    def likeness(known):
+        pairs = (key.upper(), known), (key.upper().rpartition(".")[2], known.rpartition(".")[2])
+        return sorted((difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs), reverse=True)
+
+    ranked = sorted(((likeness(known), known) for known in FLAT_DEFAULTS), reverse=True)[:3]
+    near = [known for (best, _), known in ranked if best >= max(0.6, ranked[0][0][0] - 0.1)]
+    return f"unknown key {key}: " + (f"did you mean {' or '.join(near)}?" if near else "config.py lists all keys")
+
+
+def _convert(key, value, shown):
+    """`value` in the first type of the key that it fits, or a ConfigError."""
+    for example in _types(key):
+        try:
+            return _as(value, example)
+        except (ValueError, OverflowError):
+            pass
+    expected = " or ".join(map(_describe, _types(key)))
+    raise ConfigError(f"{key}={_shorten(shown)}: expected {expected}")
+
+
+def _describe(example):
+    if isinstance(example, (list, tuple)):
+        return f"list of {_describe(example[0])}"
+    return {bool: "True or False", int: "integer", float: "finite number", str: "text"}.get(type(example), "None")
+
+
+def _shorten(text):
+    """`text` on one line of at most 80 characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _from_value(item):
+    key, value = item
+    return key, _convert(key, value, reprlib.repr(value))
+
+
+def _from_text(text):
+    """(key, value) of "KEY=VALUE". What is no quoted text (or no list, where lists may be) is text for keys of text."""
+    key, equals, text = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise ConfigError(f"{_shorten(key)}: expected KEY=VALUE")
+    types = {type(example) for example in _types(key)}
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    if str in types and not isinstance(value, (str, list, tuple) if list in types else str):
+        value = text
+    return key, _convert(key, value, text)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+CHOICES = {
+    "TRAINER": ("replicated", "horovod"),
+    "DATA.ABSOLUTE_COORD": (True,),
+    "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),
+    "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
+    "TRAIN.PRECISION": ("float32", "bfloat16"),  # float16 would need its loss scaled
+    "TEST.PRECISION": ("float32", "bfloat16", "float16"),
+    "FPN.PROPOSAL_MODE": ("Level", "Joint"),
+    "FPN.NORM": ("None", "GN"),
+    "FPN.FRCNN_HEAD_FUNC": ("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"),
+    "FPN.MRCNN_HEAD_FUNC": ("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"),
+}
+
+LENGTHS = {
+    "BACKBONE.RESNET_NUM_BLOCKS": 4,
+    "PREPROC.PIXEL_MEAN": 3,
+    "PREPROC.PIXEL_STD": 3,
+    "FRCNN.BBOX_REG_WEIGHTS": 4,
+    "CASCADE.IOUS": 3,
+    "CASCADE.BBOX_REG_WEIGHTS": 3,
+}
+
+# What each number of a key must be, the test, the keys. The last row is for the keys of no other; int32 ends at 2**31.
+RANGES = (
+    (
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        """RPN.POSITIVE_ANCHOR_THRESH RPN.NEGATIVE_ANCHOR_THRESH RPN.FG_RATIO RPN.PROPOSAL_NMS_THRESH FRCNN.FG_THRESH
+        FRCNN.FG_RATIO CASCADE.IOUS TEST.FRCNN_NMS_THRESH TEST.RESULT_SCORE_THRESH TEST.RESULT_SCORE_THRESH_VIS""",
+    ),
+    (
+        "0 or more",
+        lambda x: 0 <= x < 2**31,
+        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE
+        RPN.CROWD_OVERLAP_THRESH""",
+    ),
+    ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
+    ("-1 (not known yet) or above 0", lambda x: x == -1 or 0 < x < 2**31, "DATA.NUM_CATEGORY"),
+    ("at least 16 and below 2**31", lambda x: 16 <= x < 2**31, "PREPROC.MAX_SIZE"),
+    ("above 0 and below 2**31", lambda x: 0 < x < 2**31, ""),
+)
+
+# Settings, and the keys (or groups) that do nothing under them: changing those is warned of.
+UNUSED = (
+    ("MODE_FPN=False", "FPN. RPN.TRAIN_PER_LEVEL_NMS_TOPK RPN.TEST_PER_LEVEL_NMS_TOPK"),
+    ("MODE_FPN=True", "RPN.ANCHOR_STRIDE RPN.HEAD_DIM"),
+    (
+        "MODE_FPN=True FPN.PROPOSAL_MODE=Level",
+        "RPN.TRAIN_PRE_NMS_TOPK RPN.TRAIN_POST_NMS_TOPK RPN.TEST_PRE_NMS_TOPK RPN.TEST_POST_NMS_TOPK",
+    ),
+    ("FPN.PROPOSAL_MODE=Joint", "RPN.TRAIN_PER_LEVEL_NMS_TOPK RPN.TEST_PER_LEVEL_NMS_TOPK"),
+    ("FPN.CASCADE=False", "CASCADE."),
+    ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
+    ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
+)
+
+
+def _out_of_range(c):
+    """Yields a line for each key of Config `c` whose value makes no sense by itself."""
+    for key, value in c._values.items():
+        what, test, _ = next(row for row in RANGES if key in row[2].split() or not row[2])
+        fits = _all(test, value)
+        if key in CHOICES:
+            what, fits = "one of " + ", ".join(map(str, CHOICES[key])), value in CHOICES[key]
+        elif key in LENGTHS and len(value) != LENGTHS[key]:
+            what, fits = f"a list of {LENGTHS[key]}", False
+        if not fits:
+            yield f"{key}={value}: must be {what}"
+
+
+def _all(test, value):
+    """Whether all numbers of a value pass the test."""
+    if isinstance(value, tuple):
+        return all(_all(test, item) for item in value)
+    return type(value) not in (int, float) or test(value)
+
+
+def _contradictions(c):
+    """Yields a line for each demand of the keys on each other that is not met."""
+    rpn, fpn, names = c.RPN, c.FPN, c.DATA.CLASS_NAMES
+    if fpn.CASCADE and not c.MODE_FPN:
+        yield "FPN.CASCADE=True needs MODE_FPN=True"
+    if c.MODE_FPN and fpn.ANCHOR_STRIDES != (4, 8, 16, 32, 64):
+        yield "FPN.ANCHOR_STRIDES must be [4,8,16,32,64], the strides of p2 to p6"
+    if c.MODE_FPN and len(rpn.ANCHOR_SIZES) != len(fpn.ANCHOR_STRIDES):
+        yield "RPN.ANCHOR_SIZES must be one size for each of FPN.ANCHOR_STRIDES where MODE_FPN=True"
+    if not c.MODE_FPN and rpn.ANCHOR_STRIDE != 16:
+        yield "RPN.ANCHOR_STRIDE must be 16, the stride of the C4 map, where MODE_FPN=False"
+    if not (rpn.ANCHOR_SIZES and rpn.ANCHOR_RATIOS):
+        yield "RPN.ANCHOR_SIZES and RPN.ANCHOR_RATIOS must not be empty"
+    if rpn.NEGATIVE_ANCHOR_THRESH > rpn.POSITIVE_ANCHOR_THRESH:
+        yield "RPN.NEGATIVE_ANCHOR_THRESH must not be above RPN.POSITIVE_ANCHOR_THRESH"
+    for group in ("RPN", "FRCNN"):
+        if getattr(c, group).BATCH_PER_IM * getattr(c, group).FG_RATIO < 1:
+            yield f"{group}.BATCH_PER_IM * {group}.FG_RATIO must be at least 1, or no object is ever sampled"
+    if any(len(weights) != 4 for weights in c.CASCADE.BBOX_REG_WEIGHTS):
+        yield "CASCADE.BBOX_REG_WEIGHTS must be lists of 4"
+    if c.BACKBONE.FREEZE_AFFINE and c.BACKBONE.NORM != "FreezeBN":
+        yield "BACKBONE.FREEZE_AFFINE=True needs BACKBONE.NORM=FreezeBN"
+    edges = c.PREPROC.TRAIN_SHORT_EDGE_SIZE
+    if edges == () or (isinstance(edges, tuple) and len(edges) == 2 and edges[0] > edges[1]):
+        yield "PREPROC.TRAIN_SHORT_EDGE_SIZE must be one size, [low, high], or a list of sizes"
+    if not c.DATA.TRAIN or not all(c.DATA.TRAIN + c.DATA.VAL):
+        yield "DATA.TRAIN and DATA.VAL must be names of data sets"
+    if names and (names[0] != "BG" or len(names) != c.DATA.NUM_CATEGORY + 1):
+        yield 'DATA.CLASS_NAMES must be "BG" and one name for each of DATA.NUM_CATEGORY classes'
+    try:
+        lr_schedule_steps(c.TRAIN.LR_SCHEDULE)
+    except ConfigError as error:
+        yield str(error)
+    yield from _unfit_for_group_norm(c)
+
+
+def _unfit_for_group_norm(c):
+    """Yields a line for each number of channels that GroupNorm cannot divide into groups (see modeling/layers.py)."""
+    for uses_group_norm, key, channels in (
+        (c.BACKBONE.NORM == "GN", "BACKBONE.WIDTH", [c.BACKBONE.WIDTH * 2**doubled for doubled in range(6)]),
+        (c.FPN.NORM == "GN", "FPN.NUM_CHANNEL", [c.FPN.NUM_CHANNEL]),
+        ("_gn_" in c.FPN.FRCNN_HEAD_FUNC, "FPN.FRCNN_CONV_HEAD_DIM", [c.FPN.FRCNN_CONV_HEAD_DIM]),
+        ("_gn_" in c.FPN.MRCNN_HEAD_FUNC, "MRCNN.HEAD_DIM", [c.MRCNN.HEAD_DIM]),
+    ):
+        if uses_group_norm and any(x % (32 if x >= 64 else 2) for x in channels):
+            yield f"{key}: GroupNorm needs even numbers of channels, from 64 on multiples of 32; {channels[0]} is not"
+
+
+def _without_effect(c):
+    """Yields a line for each changed key that does nothing under other settings."""
+    settings = {f"{key}={value}" for key, value in c._values.items()}
+    for setting, keys in UNUSED:
+        if settings.issuperset(setting.split()):
+            unused = [key for key in c.changes() if key.startswith(tuple(keys.split()))]
+            yield from (f"{key} has no effect with {setting}" for key in unused)
+
+
+def lr_schedule_steps(schedule):
+    """Steps at a total batch of 8 at which the learning rate drops, and the last, which ends the training: list of int.
+
+    "1x" is [120000, 160000, 180000]. "2x" to "9x" last as many times as long, with the low rates as long as in "1x"
+    (arXiv:1811.08883). A list is returned as it is; ConfigError for all else.
+    """
+    if schedule == "1x":
+        return [120000, 160000, 180000]
+    if isinstance(schedule, str) and re.fullmatch("[2-9]x", schedule):
+        end = 180000 * int(schedule[0])
+        return [end - 120000, end - 40000, end]
+    if isinstance(schedule, str) or not schedule or list(schedule) != sorted(set(schedule)):
+        raise ConfigError(f'TRAIN.LR_SCHEDULE={schedule}: must be "1x" to "9x" or a list of rising steps')
+    return list(schedule)
+
+
+config = Config()

@@ -1,0 +1,628 @@
+"""From dataset records to batches of NumPy arrays: decode, resize, flip, rasterise, group and pad.
+
+    for batch in training_data(records): ...                    without end; the settings come from the configuration
+    for records, batch in evaluation_data(records): ...         every image once
+
+Shape shorthand: N images of a batch; H, W height and width; G most objects of an image in a batch, at least 1.
+
+The order is a pure function of the seed. Position p counts the images that all ranks together have been given; each epoch
+is one permutation of the records; a position's random choices come from (seed, position). So neither the number of
+workers nor an interruption changes what is trained on.
+
+Imports neither TensorFlow nor tensorpack (whose import is TensorFlow's): worker processes start fast and stay small.
+"""
+
+import atexit
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+import weakref
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+import boxes
+from config import UserError, config
+from dataset import Record
+
+logger = logging.getLogger(__name__)
+
+# What the backbone's strides need: FPN adds levels of different stride, C4 takes any size.
+FPN_MULTIPLE = 32
+# No edge is resized below the coarsest stride (a 1 x 5000 image would vanish).
+MIN_EDGE = 32
+# Objects of at most this many square pixels cannot be learned; the data sets leave them out by the same limit.
+MIN_BOX_AREA = 1
+CROWD_LABEL = -1
+# Results that may wait for their turn, for each worker; bounds the memory.
+LOOKAHEAD_PER_WORKER = 3
+# Decoding for evaluation costs milliseconds per image: more threads would only disturb the model.
+MAX_EVALUATION_THREADS = 4
+
+# What a random number is for, so that an epoch and a position of the same number differ.
+_ORDER, _EXAMPLE = 0, 1
+
+_JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+class DataError(UserError):
+    """The data ended the run: a worker failed or died. One line that names the image and the cause."""
+
+    exit_code = 4
+
+
+class ImageError(DataError):
+    """An image file that cannot be used; the message names its path."""
+
+
+# ---------------------------------------------------------------- settings
+
+
+def network_geometry():
+    """(max_size, multiple) of the configured model: limit of the long edge, and what padded sizes are a multiple of.
+
+    In FPN mode the limit is rounded up to the multiple, as in the reference (1333 means 1344).
+    """
+    multiple = FPN_MULTIPLE if config.MODE_FPN else 1
+    return _round_up(config.PREPROC.MAX_SIZE, multiple), multiple
+
+
+def training_data(records, *, start=0, shard_index=0, num_shards=1):
+    """TrainingData with the configuration's settings; the arguments are TrainingData's."""
+    max_size, multiple = network_geometry()
+    return TrainingData(
+        records,
+        batch_size=config.TRAIN.BATCH_SIZE_PER_GPU,
+        short_edge=config.PREPROC.TRAIN_SHORT_EDGE_SIZE,
+        max_size=max_size,
+        multiple=multiple,
+        with_masks=config.MODE_MASK,
+        seed=config.TRAIN.SEED,
+        num_workers=config.DATA.NUM_WORKERS,
+        start=start,
+        shard_index=shard_index,
+        num_shards=num_shards,
+    )
+
+
+def evaluation_data(records):
+    """EvaluationData with the configuration's settings."""
+    max_size, multiple = network_geometry()
+    return EvaluationData(
+        records,
+        batch_size=config.TEST.BATCH_SIZE_PER_GPU,
+        short_edge=config.PREPROC.TEST_SHORT_EDGE_SIZE,
+        max_size=max_size,
+        multiple=multiple,
+        num_threads=min(config.DATA.NUM_WORKERS, MAX_EVALUATION_THREADS),
+    )
+
+
+# ---------------------------------------------------------------- images
+
+
+def load_image(path):
+    """An image file as uint8 [H, W, 3] BGR, upright (EXIF orientation applied).
+
+    Grayscale, palette, CMYK and 16-bit images are converted; an alpha channel is dropped.
+
+    Raises:
+        ImageError: missing, unreadable, cut off, or no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    if _is_cut_off(content):
+        raise ImageError(f"{path}: the image is cut off ({len(content)} bytes)")
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise ImageError(f"{path}: not readable as an image ({error.err})") from error
+    if image is None:
+        raise ImageError(f"{path}: not readable as an image")
+    return image
+
+
+def resized_shape(height, width, *, short_edge, max_size):
+    """(height, width) in pixels, at which the network sees an image.
+
+    The short edge becomes `short_edge`, or less where the long edge would exceed `max_size`; rounded as the reference does,
+    and no edge below MIN_EDGE (or `short_edge`, if that is less).
+    """
+    scale = short_edge / min(height, width)
+    scale *= min(1, max_size / (scale * max(height, width)))
+    smallest = min(MIN_EDGE, short_edge)
+    return max(int(height * scale + 0.5), smallest), max(int(width * scale + 0.5), smallest)
+
+
+def resize_image(image, *, short_edge, max_size):
+    """An image [H, W, 3] at its `resized_shape`, uint8, bilinear."""
+    height, width = resized_shape(*image.shape[:2], short_edge=short_edge, max_size=max_size)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def pad_images(images, *, multiple):
+    """Images of different sizes as one array, zeros at the bottom and at the right.
+
+    Returns:
+        uint8 [N, H, W, 3] with H and W the largest of all, rounded up to `multiple`; int32 [N, 2], the images' own sizes.
+    """
+    shapes = np.array([image.shape[:2] for image in images], np.int32)
+    padded = np.zeros((len(images), *_round_up(shapes.max(axis=0), multiple), 3), np.uint8)
+    for slot, image in zip(padded, images):
+        slot[: image.shape[0], : image.shape[1]] = image
+    return padded, shapes
+
+
+def _load_record_image(record):
+    """The image of a record; its size must be the record's, or every box would be wrong."""
+    image = load_image(record.path)
+    size = image.shape[:2]
+    if size == (record.height, record.width):
+        return image
+    swapped = ", swapped: they ignore the file's EXIF orientation" if size == (record.width, record.height) else ""
+    raise ImageError(
+        f"{record.path}: the image is {size[1]} x {size[0]} pixels, but the annotations say "
+        f"{record.width} x {record.height}{swapped}"
+    )
+
+
+def _is_cut_off(content):
+    """Whether the file is empty, or a JPEG or PNG without its end, of which OpenCV would return a half grey image.
+
+    Bytes after the end are allowed.
+    """
+    if content.startswith(_JPEG_START):
+        # Not in the header: a thumbnail there has an end of its own.
+        return _JPEG_END not in content[_jpeg_scan(content) :]
+    return not content or (content.startswith(_PNG_START) and _PNG_END not in content)
+
+
+def _jpeg_scan(content):
+    """Where a JPEG's header ends and its first scan begins, or beyond the content if it ends before."""
+    position = 2
+    while position + 4 <= len(content) and content[position : position + 2] != _JPEG_SCAN:
+        # A segment is 0xff, its kind (not 0xff: that is a fill byte), and the length of the rest. Decoders pass over others.
+        is_segment = content[position] == 0xFF and content[position + 1] != 0xFF
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big") if is_segment else 1
+    return position
+
+
+def _round_up(size, multiple):
+    return -(-size // multiple) * multiple
+
+
+# ---------------------------------------------------------------- training examples
+
+
+class TrainingTask(NamedTuple):
+    """What travels to a worker: one image, and its position in the order of the data."""
+
+    record: Record
+    position: int
+
+    def __str__(self):
+        return f"image {self.record.image_id} ({self.record.path})"
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Makes one training example from a task: callable in any process, always with the same result.
+
+    Attributes:
+        short_edge: int; or (low, high), a uniform integer of this range, ends included; or more than two choices.
+        max_size, with_masks, seed: as in TrainingData.
+    """
+
+    short_edge: int | tuple
+    max_size: int
+    with_masks: bool
+    seed: int
+
+    def __call__(self, task):
+        """The batch's entries (see TrainingData) without the N axis; the object axis has the image's own length."""
+        record = task.record
+        image = _load_record_image(record)
+        rng = np.random.default_rng((self.seed, _EXAMPLE, task.position))
+        flip = bool(rng.random() < 0.5)
+        if flip:
+            image = cv2.flip(image, 1)
+        image = resize_image(image, short_edge=_draw_short_edge(self.short_edge, rng), max_size=self.max_size)
+        view = View(*image.shape[:2], image.shape[1] / record.width, image.shape[0] / record.height, flip)
+        boxes_xyxy = view.boxes(record.boxes_xyxy)
+        keep = np.flatnonzero(boxes.area(boxes_xyxy) > MIN_BOX_AREA)
+        example = {
+            "image": image,
+            "gt_boxes": boxes_xyxy[keep],
+            "gt_labels": np.where(record.is_crowd, CROWD_LABEL, record.labels)[keep],
+            "image_id": record.image_id,
+            "sample_key": (self.seed, task.position),
+        }
+        if self.with_masks:
+            example["gt_masks"] = view.packed_masks(
+                [None if record.is_crowd[i] else record.segmentations[i] for i in keep]
+            )
+        return example
+
+
+class View(NamedTuple):
+    """How a training example shows its image: mirrored or not, then resized by two factors to [height, width]."""
+
+    height: int
+    width: int
+    scale_x: float
+    scale_y: float
+    flip: bool
+
+    def boxes(self, boxes_xyxy):
+        """Boxes [G, 4] of the file's image as they lie in this view, float32, clipped to it."""
+        boxes_xyxy = boxes.scale(boxes_xyxy, self.scale_x, self.scale_y)
+        if self.flip:
+            boxes_xyxy = boxes.flip_horizontal(boxes_xyxy, self.width)
+        return boxes.clip(boxes_xyxy, self.height, self.width).astype(np.float32)
+
+    def packed_masks(self, segmentations):
+        """Masks of G objects of the file's image (polygons, RLE or None) in this view, uint8 [G, H, ceil(W / 8)]."""
+        masks = np.zeros((len(segmentations), self.height, _round_up(self.width, 8) // 8), np.uint8)
+        for mask, segmentation in zip(masks, segmentations):
+            if isinstance(segmentation, dict):
+                mask[:] = boxes.pack_masks(self._resized_mask(segmentation))
+            elif segmentation:
+                self._draw([self._polygon(polygon) for polygon in segmentation], mask)
+        return masks
+
+    def _polygon(self, polygon):
+        polygon = np.asarray(polygon, np.float64) * (self.scale_x, self.scale_y)
+        return polygon * (-1, 1) + (self.width, 0) if self.flip else polygon
+
+    def _draw(self, polygons, packed):
+        """Draw polygons into a packed mask [H, ceil(W / 8)], touching only their own part: many times faster."""
+        points = np.concatenate(polygons)
+        low, high = np.floor(points.min(axis=0)) - 1, np.ceil(points.max(axis=0)) + 1
+        left, top = np.clip(low, 0, (self.width, self.height)).astype(int)
+        right, bottom = np.clip(high, 0, (self.width, self.height)).astype(int)
+        left -= left % 8
+        if right > left and bottom > top:
+            shifted = [polygon - (left, top) for polygon in polygons]
+            part = boxes.pack_masks(boxes.segmentation_to_mask(shifted, bottom - top, right - left))
+            packed[top:bottom, left // 8 : left // 8 + part.shape[1]] = part
+
+    def _resized_mask(self, rle):
+        mask = boxes.segmentation_to_mask(rle, *rle["size"]) * np.uint8(255)
+        if self.flip:
+            mask = cv2.flip(mask, 1)
+        return cv2.resize(mask, (self.width, self.height), interpolation=cv2.INTER_LINEAR) > 127
+
+
+def _draw_short_edge(short_edge, rng):
+    choices = np.ravel(short_edge)
+    if len(choices) == 2:
+        return int(rng.integers(choices[0], choices[1], endpoint=True))
+    return int(rng.choice(choices))
+
+
+def collate(examples, *, multiple):
+    """Examples as one batch with the arrays that TrainingData describes."""
+    image, image_shape = pad_images([example["image"] for example in examples], multiple=multiple)
+    num, num_objects = len(examples), max(1, *(len(example["gt_labels"]) for example in examples))
+    batch = {
+        "image": image,
+        "image_shape": image_shape,
+        "gt_boxes": np.zeros((num, num_objects, 4), np.float32),
+        "gt_labels": np.zeros((num, num_objects), np.int64),
+        "image_id": np.array([example["image_id"] for example in examples], np.int64),
+        "sample_key": np.array([example["sample_key"] for example in examples], np.int32),
+    }
+    names = ["gt_boxes", "gt_labels"]
+    if "gt_masks" in examples[0]:
+        names.append("gt_masks")
+        batch["gt_masks"] = np.zeros((num, num_objects, image.shape[1], _round_up(image.shape[2], 8) // 8), np.uint8)
+    for name, (slot, example) in itertools.product(names, enumerate(examples)):
+        values = example[name]
+        batch[name][(slot, *map(slice, values.shape))] = values
+    return batch
+
+
+# ---------------------------------------------------------------- streams
+
+
+class TrainingData:
+    """An infinite stream of training batches: wide and tall images apart, N at a time.
+
+    A batch is a dict of
+        image        uint8 [N, H, W, 3]              BGR, zeros at the bottom and right
+        image_shape  int32 [N, 2]                    height, width of the part that is image
+        gt_boxes     float32 [N, G, 4]               x1 y1 x2 y2 in pixels of `image`; zero rows past an image's own count
+        gt_labels    int64 [N, G]                    1..C; 0 = padding, -1 = crowd region
+        gt_masks     uint8 [N, G, H, ceil(W / 8)]    packed bits, the leftmost pixel the highest; zeros for crowd regions;
+                                                     only `with_masks`
+        image_id     int64 [N]
+        sample_key   int32 [N, 2]                    (seed, position)
+
+    To resume, count the batches used and give that number as `start`: the stream goes on with the very next batch, whatever
+    was prepared ahead and thrown away. Images that an epoch leaves over (fewer than N of a kind) fill the next one's batches.
+
+    Iterating starts the workers; closing (or collecting) the iterator ends them, and so does `close`, from any thread.
+    There is one iteration at a time: a second ends the first.
+    """
+
+    def __init__(
+        self,
+        records,
+        *,
+        batch_size,
+        short_edge,
+        max_size,
+        multiple,
+        with_masks,
+        seed,
+        num_workers=0,
+        start=0,
+        shard_index=0,
+        num_shards=1,
+    ):
+        """
+        Args:
+            records: list of Records, at least one.
+            batch_size: N.
+            short_edge: see ExampleMaker.
+            max_size: limit of the long edge in pixels.
+            multiple: padded heights and widths are multiples of it.
+            seed: int in [0, 2^31).
+            num_workers: processes; 0 works in this one. The batches are the same.
+            start: number of batches to pass over.
+            shard_index, num_shards: this stream takes the positions p with p % num_shards == shard_index.
+        """
+        if not records:
+            raise DataError("there are no images to train on")
+        self._records = records
+        self._batch_size, self._multiple, self._seed, self._start = batch_size, multiple, seed, start
+        self._shard_index, self._num_shards = shard_index, num_shards
+        self._make = ExampleMaker(short_edge, max_size, with_masks, seed)
+        self._num_workers = num_workers
+        self._examples = None
+
+    def __iter__(self):
+        self.close()
+        batches = itertools.islice(self.plan(), self._start, None)
+        tasks = (TrainingTask(self._records[index], position) for batch in batches for position, index in batch)
+        self._examples = OrderedMap(self._make, tasks, num_workers=self._num_workers)
+        return self._batches(self._examples)
+
+    def _batches(self, examples):
+        try:
+            while True:
+                yield collate(list(itertools.islice(examples, self._batch_size)), multiple=self._multiple)
+        finally:
+            examples.close()
+
+    def close(self):
+        """End the workers; an iteration still in use raises DataError."""
+        if self._examples is not None:
+            self._examples.close()
+
+    def plan(self):
+        """The batches without end, each a list of N (position, index of the record); looks at no file."""
+        groups = {True: [], False: []}
+        for position, index in self._order():
+            if position % self._num_shards != self._shard_index:
+                continue
+            group = groups[self._records[index].width >= self._records[index].height]
+            group.append((position, index))
+            if len(group) == self._batch_size:
+                yield list(group)
+                group.clear()
+
+    def _order(self):
+        position = itertools.count()
+        for epoch in itertools.count():
+            rng = np.random.default_rng((self._seed, _ORDER, epoch))
+            for index in rng.permutation(len(self._records)).tolist():
+                yield next(position), index
+
+
+class EvaluationData:
+    """All images once: iterating gives (list of n Records, batch), n <= N, the batch a dict of
+
+        image        uint8 [n, H, W, 3]    BGR, zeros at the bottom and right
+        image_shape  int32 [n, 2]          height, width of the part that is image
+
+    Images of one batch have the same padded size, so that a result does not depend on its neighbours; the images are
+    ordered by that size. Threads decode ahead (OpenCV lets go of the interpreter's lock): at most one batch each is waiting.
+
+    Raises, while iterating:
+        ImageError: an image is unreadable or not of the record's size.
+    """
+
+    def __init__(self, records, *, batch_size, short_edge, max_size, multiple, num_threads=0):
+        """Arguments as in TrainingData; `num_threads` 0 works without threads."""
+        self._records = records
+        self._batch_size, self._multiple, self._num_threads = batch_size, multiple, num_threads
+        self._resize = {"short_edge": short_edge, "max_size": max_size}
+
+    def __iter__(self):
+        if not self._num_threads:
+            yield from map(self._make, self._batches())
+            return
+        executor, pending = ThreadPoolExecutor(self._num_threads), deque()
+        try:
+            for records in self._batches():
+                pending.append(executor.submit(self._make, records))
+                if len(pending) > self._num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    def _batches(self):
+        for _, group in itertools.groupby(sorted(self._records, key=self._padded_shape), self._padded_shape):
+            while records := list(itertools.islice(group, self._batch_size)):
+                yield records
+
+    def _padded_shape(self, record):
+        return tuple(
+            _round_up(edge, self._multiple) for edge in resized_shape(record.height, record.width, **self._resize)
+        )
+
+    def _make(self, records):
+        images = [resize_image(_load_record_image(record), **self._resize) for record in records]
+        image, image_shape = pad_images(images, multiple=self._multiple)
+        return records, {"image": image, "image_shape": image_shape}
+
+
+# ---------------------------------------------------------------- worker processes
+
+
+class OrderedMap:
+    """Iterator over `function(task)` of endless tasks, in their order, computed ahead in spawned processes (0: in this one).
+
+    A failure ends the iteration: a UserError as it is, anything else as a DataError that names the task, with its traceback
+    in the log. So does the death of a worker, and `close`: a stream without end never just stops.
+
+    Each worker has a pipe of its own, so that its death is always noticed and its task is known. (The workers of
+    concurrent.futures share one: if one is killed while it writes megabytes, the reader waits for the rest for ever.)
+    """
+
+    def __init__(self, function, tasks, *, num_workers):
+        self._function, self._tasks = function, iter(tasks)
+        self._num_sent = self._num_given = 0
+        self._busy, self._done = {}, {}
+        self._workers = dict(_start_worker(function) for _ in range(num_workers))
+        self._stop = weakref.finalize(self, _stop_workers, list(self._workers.values()))
+        # Registered last, it runs before the end of multiprocessing, which would look like the workers' death.
+        self._stop.atexit = False
+        atexit.register(self._stop)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        try:
+            self._check_open()
+            outcome = self._receive_next() if self._workers else _try(self._function, next(self._tasks))
+            return _unwrap(*outcome)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """End the iteration and the workers, whatever they are doing; from any thread."""
+        atexit.unregister(self._stop)
+        self._stop()
+
+    def _receive_next(self):
+        self._exchange(timeout=0)
+        while self._num_given not in self._done:
+            self._exchange(timeout=None)
+        self._num_given += 1
+        return self._done.pop(self._num_given - 1)
+
+    def _exchange(self, timeout):
+        """Take in the results that are there (None: wait for one), then give a task to every free worker."""
+        for connection in wait(self._busy, timeout):
+            number, task = self._busy.pop(connection)
+            self._done[number] = self._receive(connection, task)
+        limit = self._num_given + LOOKAHEAD_PER_WORKER * len(self._workers)
+        free = [connection for connection in self._workers if connection not in self._busy]
+        for connection, task in zip(free, itertools.islice(self._tasks, min(len(free), limit - self._num_sent))):
+            self._busy[connection] = self._num_sent, task
+            self._num_sent += 1
+            self._send(connection, task)
+
+    def _send(self, connection, task):
+        try:
+            connection.send(task)
+        except OSError:
+            self._raise_death(connection, task)
+
+    def _receive(self, connection, task):
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            self._raise_death(connection, task)
+
+    def _check_open(self):
+        if not self._stop.alive:
+            raise DataError("the stream of training data has been closed")
+
+    def _raise_death(self, connection, task):
+        self._check_open()
+        process = self._workers[connection]
+        process.join()
+        raise DataError(f"a data worker {_cause_of_death(process.exitcode)} while it prepared {task}")
+
+
+def _cause_of_death(exitcode):
+    if exitcode >= 0:
+        return f"ended (exit code {exitcode})"
+    hint = ", often a lack of memory" if exitcode == -signal.SIGKILL else ""
+    return f"was killed ({signal.Signals(-exitcode).name}{hint})"
+
+
+def _start_worker(function):
+    """(our end of its pipe, process)"""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, function), daemon=True)
+    process.start()
+    # With our copy closed, the worker's death closes the pipe.
+    theirs.close()
+    return ours, process
+
+
+def _stop_workers(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _work(connection, function):
+    """A worker's life: it ends with the parent, and with nothing less."""
+    for interruption in (signal.SIGINT, signal.SIGTERM):
+        # Often sent to all processes; the parent still needs data, to finish its step.
+        signal.signal(interruption, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)
+    try:
+        while True:
+            connection.send(_try(function, connection.recv()))
+    except (EOFError, OSError):
+        return
+
+
+def _exit_with_parent():
+    """Even in the middle of a task that never ends."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _try(function, task):
+    """(result, None, None), or (None, the UserError to raise, and the traceback if the error was not a UserError)."""
+    try:
+        return function(task), None, None
+    except UserError as error:
+        return None, error, None
+    except Exception as error:
+        return None, DataError(f"{task}: {type(error).__name__}: {' '.join(str(error).split())}"), traceback.format_exc()
+
+
+def _unwrap(result, error, trace):
+    if trace:
+        logger.error("%s\n%s", error, trace)
+    if error:
+        raise error
+    return result

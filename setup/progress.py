@@ -1,0 +1,92 @@
+"""Runs the long commands of the set-up: output to a log, a sign of life on the terminal, one clear line on failure."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+HEARTBEAT_SECONDS = 20
+TAIL_LINES = 15
+# the lines of pip's and cmake's output that tell how far they are
+MILESTONE = re.compile(r"(\[ *\d+%\]|Collecting|Processing|Downloading|Building|Installing) .*")
+
+
+class SetupError(Exception):
+    """What the user can mend, said in one line."""
+
+
+def last_lines(path, count):
+    """Returns up to `count` last non-empty lines of the text file `path`."""
+    lines = path.read_text(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()][-count:]
+
+
+def milestone(path):
+    """Returns the last line of the log `path` that tells how far the work is, or ""."""
+    return next((line for line in reversed(last_lines(path, 1000)) if MILESTONE.match(line)), "")
+
+
+def stop(process):
+    """Ends `process` and everything it started: politely, and after ten seconds by force."""
+    for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def run_logged(command, *, log, env):
+    """Runs `command` with its output in the file `log`; raises SetupError with the end of that output if it fails.
+
+    Every HEARTBEAT_SECONDS a line says how long it has taken and how far it is.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with open(log, "wb") as output:
+        # a session of its own, so that an interrupt reaches the whole tree (pip, cmake, make, g++) through stop()
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=HEARTBEAT_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                print(f"  {time.monotonic() - start:4.0f} s: {milestone(log)[:100]}", flush=True)
+    except BaseException:
+        stop(process)
+        raise
+    if code:
+        for line in last_lines(log, TAIL_LINES):
+            print("  | " + line, file=sys.stderr)
+        raise SetupError(f"{log.stem} failed with exit code {code}: its whole output is in {log}")
+
+
+def main_wrapper(main, arguments):
+    """Calls `main(arguments)`; SetupError, a full disk and an interrupt end in one line and a non-zero exit code."""
+
+    def on_signal(number, _frame):
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGHUP, on_signal)
+    try:
+        main(arguments)
+    except SetupError as error:
+        sys.exit(f"set-up: {error}")
+    except OSError as error:
+        sys.exit(f"set-up: {error}")
+    except KeyboardInterrupt:
+        print("set-up: interrupted; run the same make again to go on", file=sys.stderr)
+        sys.exit(130)

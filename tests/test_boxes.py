@@ -1,0 +1,394 @@
+"""Boxes, anchors and masks, against pycocotools, exact but slow definitions, and cases worked by hand."""
+
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+
+import boxes
+
+EMPTY = np.zeros((0, 4), np.float32)
+
+
+def random_boxes(rng, count, *, low=-20, high=120):
+    corners = rng.uniform(low, high, (count, 2))
+    return np.concatenate([corners, corners + rng.exponential(30, (count, 2)) + 0.01], axis=1).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------- boxes
+
+
+def test_area_by_hand():
+    np.testing.assert_array_equal(
+        boxes.area([[1, 2, 4, 8], [0, 0, 0.5, 0.5], [5, 5, 2, 9], [3, 3, 3, 3]]), [18, 0.25, 0, 0]
+    )
+
+
+def test_area_of_a_box_reversed_in_both_directions_is_zero():
+    assert boxes.area([[5, 5, 2, 2]]) == [0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        boxes.xywh_to_xyxy,
+        boxes.xyxy_to_xywh,
+        lambda none: boxes.clip(none, 10, 20),
+        lambda none: boxes.flip_horizontal(none, 20),
+        lambda none: boxes.scale(none, 2, 3),
+    ],
+)
+@pytest.mark.parametrize("none", [EMPTY, []], ids=["array", "list"])
+def test_no_boxes_stay_no_boxes(function, none):
+    assert function(none).shape == (0, 4)
+
+
+def test_no_boxes_have_no_area_and_no_overlaps():
+    some = np.ones((3, 4), np.float32)
+    assert boxes.area(EMPTY).shape == (0,)
+    assert boxes.pairwise_iou(EMPTY, some).shape == (0, 3)
+    assert boxes.pairwise_iou(some, EMPTY).shape == (3, 0)
+
+
+def test_iou_by_hand():
+    iou = boxes.pairwise_iou(
+        [[0, 0, 2, 2], [5, 5, 5, 5]], [[1, 1, 3, 3], [0, 0, 2, 2], [0, 0, 2, 1], [2, 0, 4, 2], [5, 5, 5, 5]]
+    )
+    np.testing.assert_allclose(iou, [[1 / 7, 1, 0.5, 0, 0], [0, 0, 0, 0, 0]], rtol=1e-6)
+    assert iou.dtype == np.float32
+
+
+def test_iou_equals_pycocotools():
+    rng = np.random.default_rng(1)
+    a, b = random_boxes(rng, 40), random_boxes(rng, 30)
+    xywh = [np.concatenate([x[:, :2], x[:, 2:] - x[:, :2]], axis=1).astype(np.float64) for x in (a, b)]
+    expected = mask_util.iou(*xywh, [0] * len(b))
+    assert np.count_nonzero(expected) > 100
+    np.testing.assert_allclose(boxes.pairwise_iou(a, b), expected, atol=1e-6)
+
+
+def test_iou_rounds_as_the_reference_does():
+    """Ties between ground truths depend on it: (area a + area b) - intersection, each step in float32."""
+    rng = np.random.default_rng(2)
+    a, b = random_boxes(rng, 60), random_boxes(rng, 60)
+    other_order = 0
+    for i, j in np.ndindex(60, 60):
+        (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[i], b[j]
+        intersection = max(min(ax2, bx2) - max(ax1, bx1), np.float32(0)) * max(
+            min(ay2, by2) - max(ay1, by1), np.float32(0)
+        )
+        area_a, area_b = (ax2 - ax1) * (ay2 - ay1), (bx2 - bx1) * (by2 - by1)
+        assert boxes.pairwise_iou(a[i], b[j])[0, 0] == intersection / ((area_a + area_b) - intersection)
+        other_order += intersection / ((area_a - intersection) + area_b) != intersection / (
+            (area_a + area_b) - intersection
+        )
+    assert other_order > 0, "these boxes do not tell the orders apart"
+
+
+def test_clip_limits_all_four_coordinates_and_leaves_its_input():
+    before = np.array([[-5, -6, 50, 60], [12, 40, 30, 45], [-9, -9, -1, -1], [1, 2, 3, 4]], np.float32)
+    given = before.copy()
+    after = boxes.clip(given, 20, 10)
+    np.testing.assert_array_equal(after, [[0, 0, 10, 20], [10, 20, 10, 20], [0, 0, 0, 0], [1, 2, 3, 4]])
+    np.testing.assert_array_equal(given, before)
+
+
+def test_formats_by_hand():
+    np.testing.assert_array_equal(boxes.xywh_to_xyxy([[1, 2, 3, 4]]), [[1, 2, 4, 6]])
+    np.testing.assert_array_equal(boxes.xyxy_to_xywh([[1, 2, 4, 6]]), [[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_floating_types_are_kept(dtype):
+    one = np.array([[1, 2, 3, 4]], dtype)
+    for result in (
+        boxes.clip(one, 9, 9),
+        boxes.scale(one, 2, 3),
+        boxes.flip_horizontal(one, 9),
+        boxes.xywh_to_xyxy(one),
+    ):
+        assert result.dtype == dtype
+
+
+def test_flip_moves_boxes_as_it_moves_pixels():
+    image = np.zeros((8, 11), np.uint8)
+    image[2:5, 1:4] = 1
+    x1, y1, x2, y2 = boxes.flip_horizontal([[1, 2, 4, 5]], 11)[0].astype(int)
+    expected = np.zeros_like(image)
+    expected[y1:y2, x1:x2] = 1
+    np.testing.assert_array_equal(image[:, ::-1], expected)
+
+
+def test_scale_by_hand():
+    np.testing.assert_array_equal(boxes.scale([[1, 2, 3, 4]], 2, 0.5), [[2, 1, 6, 2]])
+
+
+def test_base_anchors_by_hand():
+    anchors = boxes.base_anchors([8, 16], [0.25, 1.0, 4.0])
+    expected = [[-8, -2, 8, 2], [-4, -4, 4, 4], [-2, -8, 2, 8], [-16, -4, 16, 4], [-8, -8, 8, 8], [-4, -16, 4, 16]]
+    np.testing.assert_array_equal(anchors, expected)
+    assert anchors.dtype == np.float32
+
+
+def test_base_anchors_are_not_rounded_and_keep_their_area():
+    anchors = boxes.base_anchors([32, 37.5], [0.5, 1, 2, 3.3])
+    sides = anchors[:, 2:] - anchors[:, :2]
+    np.testing.assert_allclose(sides.prod(axis=1), np.repeat([32**2, 37.5**2], 4), rtol=1e-6)
+    np.testing.assert_allclose(sides[:, 1] / sides[:, 0], [0.5, 1, 2, 3.3] * 2, rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def triangle_mask(height, width, inside):
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    return inside(columns, rows).astype(np.uint8)
+
+
+def test_rectangles_cover_their_pixels():
+    polygon = np.float32([[2, 1], [6, 1], [6, 4], [2, 4]])
+    expected = np.zeros((7, 9), np.uint8)
+    expected[1:4, 2:6] = 1
+    np.testing.assert_array_equal(boxes.segmentation_to_mask([polygon], 7, 9), expected)
+
+
+def test_several_polygons_are_one_object():
+    one, other = np.float32([[0, 0], [4, 0], [4, 4], [0, 4]]), np.float32([[2, 2], [8, 2], [8, 6], [2, 6]])
+    mask = boxes.segmentation_to_mask([one, other], 8, 10)
+    assert (mask.sum(), mask.max()) == (16 + 24 - 4, 1)
+
+
+def test_polygons_equal_pycocotools():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        polygons = [
+            rng.uniform(-10, 60, (rng.integers(3, 12), 2)).astype(np.float32) for _ in range(rng.integers(1, 4))
+        ]
+        expected = mask_util.decode(mask_util.merge(mask_util.frPyObjects([p.ravel() for p in polygons], 50, 40)))
+        np.testing.assert_array_equal(boxes.segmentation_to_mask(polygons, 50, 40), expected)
+
+
+def test_two_points_are_no_box():
+    """pycocotools takes a list whose first entry has four numbers for boxes x, y, width, height."""
+    two_points, triangle = np.float32([[1, 1], [5, 5]]), np.float32([[10, 10], [30, 10], [10, 30]])
+    assert not boxes.segmentation_to_mask([two_points], 40, 40).any()
+    mask = boxes.segmentation_to_mask([two_points, triangle], 40, 40)
+    np.testing.assert_array_equal(mask, boxes.segmentation_to_mask([triangle], 40, 40))
+    assert 180 < mask.sum() < 220
+
+
+@pytest.mark.parametrize("nothing", [None, [], [np.zeros((0, 2), np.float32)]])
+def test_no_segmentation_is_an_empty_mask(nothing):
+    mask = boxes.segmentation_to_mask(nothing, 5, 6)
+    assert (mask.shape, mask.dtype, mask.any()) == ((5, 6), np.uint8, False)
+
+
+@pytest.mark.parametrize("huge", [1e4, 1e9, 1e30])
+def test_huge_polygons_are_cut_and_keep_their_directions(huge):
+    """The diagonal of the square from -huge to huge; handed to pycocotools as it is, this crashes the process."""
+    polygon = np.array([[-huge, -huge], [huge, -huge], [huge, huge]])
+    expected = triangle_mask(20, 30, lambda x, y: x > y)
+    mask = boxes.segmentation_to_mask([polygon], 20, 30)
+    assert np.count_nonzero(mask != expected) <= 20, "they may differ on the diagonal only"
+    assert not np.any((mask != expected) & ~np.eye(20, 30, dtype=bool))
+
+
+def test_polygons_outside_are_empty():
+    assert not boxes.segmentation_to_mask([np.float32([[1e6, 1e6], [2e6, 1e6], [2e6, 2e6]])], 20, 30).any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_polygons_that_are_not_finite_are_refused(bad):
+    with pytest.raises(ValueError, match="not finite"):
+        boxes.segmentation_to_mask([np.float32([[1, 1], [5, bad], [5, 5]])], 20, 30)
+
+
+def column_runs(mask):
+    """Run lengths as in COCO's uncompressed RLE, column by column, the first one of zeros."""
+    pixels = np.concatenate([[0], mask.T.ravel()])
+    changes = np.flatnonzero(np.diff(pixels))
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
+def random_masks():
+    rng = np.random.default_rng(4)
+    for density in (0, 0.02, 0.5, 0.98, 1):
+        for _ in range(10):
+            yield (rng.random(rng.integers(1, 70, 2)) < density).astype(np.uint8)
+
+
+def test_rle_of_every_kind_is_decoded():
+    for mask in random_masks():
+        compressed = mask_util.encode(np.asfortranarray(mask))
+        as_text = {"size": compressed["size"], "counts": compressed["counts"].decode()}
+        runs = {"size": list(mask.shape), "counts": column_runs(mask)}
+        for rle in (compressed, as_text, runs):
+            np.testing.assert_array_equal(boxes.segmentation_to_mask(rle, *mask.shape), mask)
+        assert boxes.compress_rle(runs, *mask.shape) == compressed
+
+
+def test_long_runs_are_decoded():
+    mask = np.zeros((1000, 1500), np.uint8)
+    mask[:, 700:1400] = 1
+    np.testing.assert_array_equal(boxes.segmentation_to_mask(boxes.encode_rle(mask), 1000, 1500), mask)
+
+
+@pytest.mark.parametrize(
+    ("rle", "message"),
+    [
+        ({"size": [4, 5], "counts": [20]}, "size"),
+        ({"counts": [30]}, "size"),
+        ({"size": 30, "counts": [30]}, "size"),
+        ({"size": [5, 6]}, "not run lengths"),
+        ({"size": [5, 6], "counts": []}, "not run lengths"),
+        ({"size": [5, 6], "counts": ["30"]}, "not run lengths"),
+        ({"size": [5, 6], "counts": [30.0]}, "not run lengths"),
+        ({"size": [5, 6], "counts": [-2, 32]}, "not run lengths"),
+        ({"size": [5, 6], "counts": [2**40]}, "not run lengths"),
+        ({"size": [5, 6], "counts": [2**63 - 1, 2**63 - 1, 32]}, "not run lengths"),
+        ({"size": [5, 6], "counts": [10, 19]}, "add up to 29"),
+        ({"size": [5, 6], "counts": [10, 21]}, "add up to 31"),
+        ({"size": [5, 6], "counts": ""}, "cut off"),
+        ({"size": [5, 6], "counts": "P"}, "cut off"),
+        ({"size": [5, 6], "counts": "n0é"}, "wrong character"),
+        ({"size": [5, 6], "counts": "n0 "}, "wrong character"),
+        ({"size": [5, 6], "counts": "pn0"}, "wrong character"),
+        ({"size": [5, 6], "counts": "oooooooooooo0"}, "beyond 32 bits"),
+        ({"size": [5, 6], "counts": "o0"}, "not run lengths"),
+        ({"size": [5, 6], "counts": b":" * 4}, "add up to 50"),
+    ],
+)
+def test_broken_rle_is_refused(rle, message):
+    with pytest.raises(ValueError, match=message):
+        boxes.segmentation_to_mask(rle, 5, 6)
+
+
+def test_encode_rle_is_read_by_pycocotools_and_json():
+    for mask in random_masks():
+        rle = json.loads(json.dumps(boxes.encode_rle(mask)))
+        np.testing.assert_array_equal(mask_util.decode(rle), mask)
+
+
+@pytest.mark.parametrize("mask", [np.array([[0, 1, 2, 255, 256, -1, 0]]), np.array([[0, 0.5, 1, 2, 0.1, 3, 0]])])
+def test_encode_rle_takes_any_non_zero_value(mask):
+    np.testing.assert_array_equal(mask_util.decode(boxes.encode_rle(mask)), [[0, 1, 1, 1, 1, 1, 0]])
+
+
+def test_pack_masks_by_hand():
+    masks = np.zeros((2, 1, 10), np.uint8)
+    masks[0, 0, [0, 7, 8]] = 1
+    masks[1, 0, 9] = 255
+    np.testing.assert_array_equal(boxes.pack_masks(masks), [[[0b10000001, 0b10000000]], [[0, 0b01000000]]])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 9), (3, 4, 8), (2, 5, 17)])
+def test_pack_masks_is_undone_by_unpacking(shape):
+    masks = np.random.default_rng(5).integers(0, 2, shape, dtype=np.uint8)
+    packed = boxes.pack_masks(masks)
+    assert (packed.shape, packed.dtype) == ((*shape[:2], -(-shape[2] // 8)), np.uint8)
+    np.testing.assert_array_equal(np.unpackbits(packed, axis=2, count=shape[2]), masks)
+
+
+# -------------------------------------------------------------------------------------------------------------- pasting
+
+
+def paste_by_definition(mask, box, height, width):
+    """Each pixel on its own: the mask with a ring of zeros, the box larger by as much, bilinear at the pixel's centre.
+
+    Returns the interpolated values, float64 [height, width].
+    """
+    ringed = np.pad(np.asarray(mask, np.float64), 1)
+    rows, columns = ringed.shape
+    x1, y1, x2, y2 = np.asarray(box, np.float64)
+    box_width, box_height = (x2 - x1) * columns / (columns - 2), (y2 - y1) * rows / (rows - 2)
+    left, top = (x1 + x2) / 2 - box_width / 2, (y1 + y2) / 2 - box_height / 2
+    values = np.zeros((height, width))
+    for i, j in np.ndindex(height, width):
+        v, u = (i + 0.5 - top) / box_height * rows - 0.5, (j + 0.5 - left) / box_width * columns - 0.5
+        for row in (int(np.floor(v)), int(np.floor(v)) + 1):
+            for column in (int(np.floor(u)), int(np.floor(u)) + 1):
+                if 0 <= row < rows and 0 <= column < columns:
+                    values[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * ringed[row, column]
+    return values
+
+
+def assert_pasted(mask, box, height, width):
+    pasted, values = boxes.paste_mask(mask, box, height, width), paste_by_definition(mask, box, height, width)
+    assert (pasted.shape, pasted.dtype) == ((height, width), np.uint8)
+    decided = np.abs(values - 0.5) > 1e-5
+    np.testing.assert_array_equal(pasted[decided], values[decided] >= 0.5)
+    return pasted
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (3.3, 4.1, 21.7, 15.2),
+        (0, 0, 30, 24),
+        (-12.5, -7.2, 9.4, 8.8),
+        (20.2, 15.5, 47.1, 39.9),
+        (-300, -200, 320, 250),
+        (5.2, -4, 5.9, 30),
+        (4.45, 2, 4.55, 20),
+        (-5, 9.3, 40, 9.6),
+        (40, 40, 60, 60),
+        (-9, -9, -2, -2),
+    ],
+    ids=["inside", "image", "top left", "bottom right", "beyond", "thin", "hair", "flat", "below", "above"],
+)
+@pytest.mark.parametrize("kind", ["smooth", "binary", "full"])
+def test_paste_equals_the_definition(box, kind):
+    rng = np.random.default_rng(6)
+    mask = {"smooth": rng.random((28, 28)), "binary": rng.integers(0, 2, (28, 28)), "full": np.ones((28, 28))}[kind]
+    assert_pasted(mask.astype(np.float32), box, 24, 30)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (14, 14)])
+def test_paste_takes_any_mask_size(shape):
+    rng = np.random.default_rng(7)
+    for box in random_boxes(rng, 15, low=-10, high=25):
+        assert_pasted(rng.random(shape).astype(np.float32), box, 24, 30)
+
+
+def test_paste_by_hand():
+    """One cell of 1 over [1, 3] x [1, 3]: the centres of its four pixels get 0.75 * 0.75, those around 0.75 * 0.25."""
+    expected = np.zeros((4, 5), np.uint8)
+    expected[1:3, 1:3] = 1
+    np.testing.assert_array_equal(boxes.paste_mask(np.ones((1, 1)), [1, 1, 3, 3], 4, 5), expected)
+
+
+def test_a_full_mask_fills_its_box():
+    rng = np.random.default_rng(8)
+    for x1, y1, x2, y2 in rng.integers(0, 12, (20, 4)) + [0, 0, 13, 13] + 0.25:
+        mask = boxes.paste_mask(np.ones((28, 28), np.float32), [x1, y1, x2, y2], 30, 30)
+        expected = np.zeros((30, 30), np.uint8)
+        expected[int(y1 + 0.5) : int(y2 + 0.5), int(x1 + 0.5) : int(x2 + 0.5)] = 1
+        corners = np.abs(mask.astype(int) - expected).sum()
+        assert corners <= 4, "only the corner pixels, whose weight is a product of two, may differ"
+
+
+def test_the_threshold_is_inclusive():
+    half = np.full((3, 3), 0.5, np.float32)
+    assert boxes.paste_mask(half, [0, 0, 9, 9], 9, 9)[4, 4] == 1
+    assert boxes.paste_mask(half - 1e-6, [0, 0, 9, 9], 9, 9)[4, 4] == 0
+
+
+def test_a_box_thinner_than_a_pixel_shows_where_it_holds_a_pixels_centre():
+    full = np.ones((28, 28), np.float32)
+    assert boxes.paste_mask(full, [4.45, 2, 4.55, 8], 10, 10).sum(axis=0).tolist() == [0, 0, 0, 0, 6, 0, 0, 0, 0, 0]
+    assert not boxes.paste_mask(full, [4.6, 2, 4.7, 8], 10, 10).any()
+
+
+def test_pasting_does_not_depend_on_where_the_image_ends():
+    rng = np.random.default_rng(9)
+    mask, box = rng.random((28, 28)).astype(np.float32), np.array([-7.3, -4.8, 33.1, 29.4])
+    large = boxes.paste_mask(mask, box + [20, 20, 20, 20], 60, 70)
+    np.testing.assert_array_equal(boxes.paste_mask(mask, box, 24, 30), large[20:44, 20:50])
+
+
+@pytest.mark.parametrize(
+    "box", [(5, 5, 5, 9), (9, 5, 2, 8), (np.nan, 1, 5, 5), (-np.inf, 1, np.inf, 5), (1, 1, np.inf, 5)]
+)
+def test_boxes_without_extent_paste_nothing(box):
+    assert not boxes.paste_mask(np.ones((28, 28), np.float32), box, 10, 10).any()
