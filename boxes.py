@@ -202,7 +202,9 @@ def _clip_polygon(polygon, height, width):
     polygon = np.asarray(polygon, np.float64).reshape(-1, 2)
     if not np.isfinite(polygon).all():
         raise ValueError("a polygon's coordinate is not finite")
-    polygon = np.clip(polygon, -1e9, 1e9)
+    # Rounding brings back the decimals that were stored as float32: pycocotools works on a grid of fifths of a pixel,
+    # and COCO's coordinates, with their two decimals, often lie exactly between its lines.
+    polygon = np.round(np.clip(polygon, -1e9, 1e9), 3)
     margin = max(height, width)
     for axis, limit in ((0, width + margin), (1, height + margin)):
         polygon = _cut_polygon(polygon, axis, limit, sign=1)

@@ -68,8 +68,8 @@ DEFAULTS = dict(
         WARMUP_INIT_LR=1e-5,  # where it starts, at a total batch of 8
         STEPS_PER_EPOCH=500,  # an epoch is a unit of reporting, not a pass over the data
         STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
-        LR_SCHEDULE="1x",  # "1x" to "9x", or steps at a total batch of 8: at each the rate drops to a tenth, the last ends
-        EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL
+        LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
+        EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
     ),
     PREPROC=dict(
@@ -298,9 +298,10 @@ def _types(key):
 def _unknown(key):
     """The message for a key that does not exist: which keys are spelt alike, in whatever group."""
     key = _shorten(key)
+    name = key.upper()
 
     def likeness(known):
-        pairs = (key.upper(), known), (key.upper().rpartition(".")[2], known.rpartition(".")[2])
+        pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
         return sorted((difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs), reverse=True)
 
     ranked = sorted(((likeness(known), known) for known in FLAT_DEFAULTS), reverse=True)[:3]
@@ -386,7 +387,7 @@ RANGES = (
     (
         "0 or more",
         lambda x: 0 <= x < 2**31,
-        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE
+        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE
         RPN.CROWD_OVERLAP_THRESH""",
     ),
     ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
@@ -474,8 +475,9 @@ def _unfit_for_group_norm(c):
         ("_gn_" in c.FPN.FRCNN_HEAD_FUNC, "FPN.FRCNN_CONV_HEAD_DIM", [c.FPN.FRCNN_CONV_HEAD_DIM]),
         ("_gn_" in c.FPN.MRCNN_HEAD_FUNC, "MRCNN.HEAD_DIM", [c.MRCNN.HEAD_DIM]),
     ):
-        if uses_group_norm and any(x % (32 if x >= 64 else 2) for x in channels):
-            yield f"{key}: GroupNorm needs even numbers of channels, from 64 on multiples of 32; {channels[0]} is not"
+        unfit = [x for x in channels if x % (32 if x >= 64 else 2)]
+        if uses_group_norm and unfit:
+            yield f"{key}: GroupNorm needs even numbers of channels, from 64 on multiples of 32, not {unfit[0]}"
 
 
 def _without_effect(c):
@@ -490,8 +492,8 @@ def _without_effect(c):
 def lr_schedule_steps(schedule):
     """Steps at a total batch of 8 at which the learning rate drops, and the last, which ends the training: list of int.
 
-    "1x" is [120000, 160000, 180000]. "2x" to "9x" last as many times as long, with the low rates as long as in "1x"
-    (arXiv:1811.08883). A list is returned as it is; ConfigError for all else.
+    "1x" is [120000, 160000, 180000]. "2x" to "9x" last as many times as long, the low rates never longer than
+    in "2x" (arXiv:1811.08883). A list is returned as it is; ConfigError for all else.
     """
     if schedule == "1x":
         return [120000, 160000, 180000]

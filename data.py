@@ -5,14 +5,16 @@
 
 Shape shorthand: N images of a batch; H, W height and width; G most objects of an image in a batch, at least 1.
 
-The order is a pure function of the seed. Position p counts the images that all ranks together have been given; each epoch
-is one permutation of the records; a position's random choices come from (seed, position). So neither the number of
-workers nor an interruption changes what is trained on.
+The order is a pure function of the seed. A position is the number of images that all ranks together were given before;
+an epoch is one permutation of the records; an image's random choices come from (seed, position). So neither the number
+of workers nor an interruption changes what is trained on.
 
 Imports neither TensorFlow nor tensorpack (whose import is TensorFlow's): worker processes start fast and stay small.
 """
 
 import atexit
+import contextlib
+import fcntl
 import itertools
 import logging
 import multiprocessing
@@ -24,7 +26,7 @@ import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 import cv2
@@ -45,6 +47,8 @@ MIN_BOX_AREA = 1
 CROWD_LABEL = -1
 # Results that may wait for their turn, for each worker; bounds the memory.
 LOOKAHEAD_PER_WORKER = 3
+# What Linux lets any user ask for.
+PIPE_BYTES = 2**20
 # Decoding for evaluation costs milliseconds per image: more threads would only disturb the model.
 MAX_EVALUATION_THREADS = 4
 
@@ -136,10 +140,10 @@ def load_image(path):
 
 
 def resized_shape(height, width, *, short_edge, max_size):
-    """(height, width) in pixels, at which the network sees an image.
+    """(height, width) in pixels at which the network sees an image.
 
-    The short edge becomes `short_edge`, or less where the long edge would exceed `max_size`; rounded as the reference does,
-    and no edge below MIN_EDGE (or `short_edge`, if that is less).
+    The short edge becomes `short_edge`, or less where the long edge would exceed `max_size`; rounded as the reference
+    does. No edge falls below MIN_EDGE (or `short_edge`, if that is less).
     """
     scale = short_edge / min(height, width)
     scale *= min(1, max_size / (scale * max(height, width)))
@@ -157,7 +161,7 @@ def pad_images(images, *, multiple):
     """Images of different sizes as one array, zeros at the bottom and at the right.
 
     Returns:
-        uint8 [N, H, W, 3] with H and W the largest of all, rounded up to `multiple`; int32 [N, 2], the images' own sizes.
+        uint8 [N, H, W, 3], H and W the largest of all, rounded up to `multiple`; int32 [N, 2], the sizes of the images.
     """
     shapes = np.array([image.shape[:2] for image in images], np.int32)
     padded = np.zeros((len(images), *_round_up(shapes.max(axis=0), multiple), 3), np.uint8)
@@ -194,7 +198,7 @@ def _jpeg_scan(content):
     """Where a JPEG's header ends and its first scan begins, or beyond the content if it ends before."""
     position = 2
     while position + 4 <= len(content) and content[position : position + 2] != _JPEG_SCAN:
-        # A segment is 0xff, its kind (not 0xff: that is a fill byte), and the length of the rest. Decoders pass over others.
+        # A segment is 0xff, its kind (not 0xff: a fill byte), the length of the rest. Decoders pass over other bytes.
         is_segment = content[position] == 0xFF and content[position + 1] != 0xFF
         position += 2 + int.from_bytes(content[position + 2 : position + 4], "big") if is_segment else 1
     return position
@@ -241,7 +245,7 @@ class ExampleMaker:
             image = cv2.flip(image, 1)
         image = resize_image(image, short_edge=_draw_short_edge(self.short_edge, rng), max_size=self.max_size)
         view = View(*image.shape[:2], image.shape[1] / record.width, image.shape[0] / record.height, flip)
-        boxes_xyxy = view.boxes(record.boxes_xyxy)
+        boxes_xyxy = view.map_boxes(record.boxes_xyxy)
         keep = np.flatnonzero(boxes.area(boxes_xyxy) > MIN_BOX_AREA)
         example = {
             "image": image,
@@ -251,7 +255,7 @@ class ExampleMaker:
             "sample_key": (self.seed, task.position),
         }
         if self.with_masks:
-            example["gt_masks"] = view.packed_masks(
+            example["gt_masks"] = view.draw_masks(
                 [None if record.is_crowd[i] else record.segmentations[i] for i in keep]
             )
         return example
@@ -266,14 +270,14 @@ class View(NamedTuple):
     scale_y: float
     flip: bool
 
-    def boxes(self, boxes_xyxy):
+    def map_boxes(self, boxes_xyxy):
         """Boxes [G, 4] of the file's image as they lie in this view, float32, clipped to it."""
         boxes_xyxy = boxes.scale(boxes_xyxy, self.scale_x, self.scale_y)
         if self.flip:
             boxes_xyxy = boxes.flip_horizontal(boxes_xyxy, self.width)
         return boxes.clip(boxes_xyxy, self.height, self.width).astype(np.float32)
 
-    def packed_masks(self, segmentations):
+    def draw_masks(self, segmentations):
         """Masks of G objects of the file's image (polygons, RLE or None) in this view, uint8 [G, H, ceil(W / 8)]."""
         masks = np.zeros((len(segmentations), self.height, _round_up(self.width, 8) // 8), np.uint8)
         for mask, segmentation in zip(masks, segmentations):
@@ -342,17 +346,17 @@ class TrainingData:
     """An infinite stream of training batches: wide and tall images apart, N at a time.
 
     A batch is a dict of
-        image        uint8 [N, H, W, 3]              BGR, zeros at the bottom and right
-        image_shape  int32 [N, 2]                    height, width of the part that is image
-        gt_boxes     float32 [N, G, 4]               x1 y1 x2 y2 in pixels of `image`; zero rows past an image's own count
-        gt_labels    int64 [N, G]                    1..C; 0 = padding, -1 = crowd region
-        gt_masks     uint8 [N, G, H, ceil(W / 8)]    packed bits, the leftmost pixel the highest; zeros for crowd regions;
-                                                     only `with_masks`
+        image        uint8 [N, H, W, 3]             BGR, zeros at the bottom and right
+        image_shape  int32 [N, 2]                   height, width of the part that is image
+        gt_boxes     float32 [N, G, 4]              x1 y1 x2 y2 in pixels of `image`; zeros past an image's own count
+        gt_labels    int64 [N, G]                   1..C; 0 = padding, -1 = crowd region
+        gt_masks     uint8 [N, G, H, ceil(W / 8)]   bits, the leftmost pixel the highest; zeros for crowd regions;
+                                                    only `with_masks`
         image_id     int64 [N]
-        sample_key   int32 [N, 2]                    (seed, position)
+        sample_key   int32 [N, 2]                   (seed, position)
 
-    To resume, count the batches used and give that number as `start`: the stream goes on with the very next batch, whatever
-    was prepared ahead and thrown away. Images that an epoch leaves over (fewer than N of a kind) fill the next one's batches.
+    To resume, count the batches used and give that number as `start`: the stream goes on with the very next batch,
+    whatever was prepared ahead and lost. Images that an epoch leaves over (fewer than N of a kind) go into the next.
 
     Iterating starts the workers; closing (or collecting) the iterator ends them, and so does `close`, from any thread.
     There is one iteration at a time: a second ends the first.
@@ -440,7 +444,7 @@ class EvaluationData:
         image_shape  int32 [n, 2]          height, width of the part that is image
 
     Images of one batch have the same padded size, so that a result does not depend on its neighbours; the images are
-    ordered by that size. Threads decode ahead (OpenCV lets go of the interpreter's lock): at most one batch each is waiting.
+    ordered by that size. Threads decode ahead, a batch each (OpenCV lets go of the interpreter's lock).
 
     Raises, while iterating:
         ImageError: an image is unreadable or not of the record's size.
@@ -487,22 +491,24 @@ class EvaluationData:
 
 
 class OrderedMap:
-    """Iterator over `function(task)` of endless tasks, in their order, computed ahead in spawned processes (0: in this one).
+    """Iterator over `function(task)` of endless tasks, in order; spawned processes work ahead (0: this one works).
 
-    A failure ends the iteration: a UserError as it is, anything else as a DataError that names the task, with its traceback
-    in the log. So does the death of a worker, and `close`: a stream without end never just stops.
+    A failure ends the iteration: a UserError as it is, anything else as a DataError that names the task, with its
+    traceback in the log. So does the death of a worker, and `close`: a stream without end never just stops.
 
-    Each worker has a pipe of its own, so that its death is always noticed and its task is known. (The workers of
+    Each worker has pipes of its own, so that its death is always noticed and its task is known. (The workers of
     concurrent.futures share one: if one is killed while it writes megabytes, the reader waits for the rest for ever.)
     """
 
     def __init__(self, function, tasks, *, num_workers):
         self._function, self._tasks = function, iter(tasks)
         self._num_sent = self._num_given = 0
-        self._busy, self._done = {}, {}
-        self._workers = dict(_start_worker(function) for _ in range(num_workers))
-        self._stop = weakref.finalize(self, _stop_workers, list(self._workers.values()))
-        # Registered last, it runs before the end of multiprocessing, which would look like the workers' death.
+        self._done = {}  # number of the task: outcome
+        self._busy = {}  # pipe of a worker's results: (worker, number, task)
+        self._free = [_start_worker(function) for _ in range(num_workers)]
+        self._num_ahead = LOOKAHEAD_PER_WORKER * num_workers
+        self._stop = weakref.finalize(self, _stop_workers, [worker.process for worker in self._free])
+        # Registered last, it runs before multiprocessing's own end, which would look like the workers' death.
         self._stop.atexit = False
         atexit.register(self._stop)
 
@@ -512,7 +518,7 @@ class OrderedMap:
     def __next__(self):
         try:
             self._check_open()
-            outcome = self._receive_next() if self._workers else _try(self._function, next(self._tasks))
+            outcome = self._receive_next() if self._num_ahead else _try(self._function, next(self._tasks))
             return _unwrap(*outcome)
         except BaseException:
             self.close()
@@ -532,55 +538,50 @@ class OrderedMap:
 
     def _exchange(self, timeout):
         """Take in the results that are there (None: wait for one), then give a task to every free worker."""
-        for connection in wait(self._busy, timeout):
-            number, task = self._busy.pop(connection)
-            self._done[number] = self._receive(connection, task)
-        limit = self._num_given + LOOKAHEAD_PER_WORKER * len(self._workers)
-        free = [connection for connection in self._workers if connection not in self._busy]
-        for connection, task in zip(free, itertools.islice(self._tasks, min(len(free), limit - self._num_sent))):
-            self._busy[connection] = self._num_sent, task
+        for results in wait(self._busy, timeout):
+            worker, number, task = self._busy.pop(results)
+            with self._death_noticed(worker, task):
+                self._done[number] = results.recv()
+            self._free.append(worker)
+        while self._free and self._num_sent < self._num_given + self._num_ahead:
+            worker, task = self._free.pop(), next(self._tasks)
+            self._busy[worker.results] = worker, self._num_sent, task
             self._num_sent += 1
-            self._send(connection, task)
+            with self._death_noticed(worker, task):
+                worker.tasks.send(task)
 
-    def _send(self, connection, task):
+    @contextlib.contextmanager
+    def _death_noticed(self, worker, task):
         try:
-            connection.send(task)
-        except OSError:
-            self._raise_death(connection, task)
-
-    def _receive(self, connection, task):
-        try:
-            return connection.recv()
+            yield
         except (EOFError, OSError):
-            self._raise_death(connection, task)
+            self._check_open()
+            worker.process.join()
+            raise DataError(f"a data worker {_cause_of_death(worker.process)} while it prepared {task}") from None
 
     def _check_open(self):
         if not self._stop.alive:
             raise DataError("the stream of training data has been closed")
 
-    def _raise_death(self, connection, task):
-        self._check_open()
-        process = self._workers[connection]
-        process.join()
-        raise DataError(f"a data worker {_cause_of_death(process.exitcode)} while it prepared {task}")
 
-
-def _cause_of_death(exitcode):
-    if exitcode >= 0:
-        return f"ended (exit code {exitcode})"
-    hint = ", often a lack of memory" if exitcode == -signal.SIGKILL else ""
-    return f"was killed ({signal.Signals(-exitcode).name}{hint})"
+class Worker(NamedTuple):
+    process: multiprocessing.Process
+    tasks: Connection
+    results: Connection
 
 
 def _start_worker(function):
-    """(our end of its pipe, process)"""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, function), daemon=True)
+    (their_tasks, tasks), (results, their_results) = context.Pipe(duplex=False), context.Pipe(duplex=False)
+    # Linux's 64 KiB would take dozens of turns for an image. There is a limit per user, so it may be refused.
+    with contextlib.suppress(AttributeError, OSError):
+        fcntl.fcntl(their_results.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    process = context.Process(target=_work, args=(function, their_tasks, their_results), daemon=True)
     process.start()
-    # With our copy closed, the worker's death closes the pipe.
-    theirs.close()
-    return ours, process
+    # The worker now holds the only copies, so its death closes the pipes.
+    their_tasks.close()
+    their_results.close()
+    return Worker(process, tasks, results)
 
 
 def _stop_workers(processes):
@@ -590,34 +591,40 @@ def _stop_workers(processes):
         process.join()
 
 
-def _work(connection, function):
-    """A worker's life: it ends with the parent, and with nothing less."""
+def _cause_of_death(process):
+    if process.exitcode >= 0:
+        return f"ended with exit code {process.exitcode}"
+    hint = ": out of memory?" if process.exitcode == -signal.SIGKILL else ""
+    return f"was killed ({signal.Signals(-process.exitcode).name}{hint})"
+
+
+def _work(function, tasks, results):
+    """A worker's life. It ends with the parent."""
     for interruption in (signal.SIGINT, signal.SIGTERM):
-        # Often sent to all processes; the parent still needs data, to finish its step.
+        # Often sent to all processes at once; but the parent still needs data, to finish its step.
         signal.signal(interruption, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
-    try:
+    with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_try(function, connection.recv()))
-    except (EOFError, OSError):
-        return
+            results.send(_try(function, tasks.recv()))
 
 
 def _exit_with_parent():
-    """Even in the middle of a task that never ends."""
+    """Ends the process with its parent, even in the middle of a task that would never end."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _try(function, task):
-    """(result, None, None), or (None, the UserError to raise, and the traceback if the error was not a UserError)."""
+    """(result, None, None), or (None, the UserError to raise, and the traceback if something else was raised)."""
     try:
         return function(task), None, None
     except UserError as error:
         return None, error, None
     except Exception as error:
-        return None, DataError(f"{task}: {type(error).__name__}: {' '.join(str(error).split())}"), traceback.format_exc()
+        message = f"{task}: {type(error).__name__}: {' '.join(str(error).split())}"
+        return None, DataError(message), traceback.format_exc()
 
 
 def _unwrap(result, error, trace):

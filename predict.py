@@ -29,8 +29,7 @@ def parse_arguments(arguments=None):
     evaluate_help = "results file, which must not exist; with several data sets OUT-DATASET.json for each"
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
-    output = Path("predictions")
-    parser.add_argument("--output", type=Path, default=output, metavar="DIR", help=f"for pictures (default: {output}/)")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
     parser.add_argument("--no-show", action="store_true", help="open no window, even where there is a display")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the model's")
     return parser.parse_args(arguments)
@@ -49,8 +48,7 @@ def main(arguments):
 
 def load_config(checkpoint_path, overrides):
     """The settings beside the checkpoint, then those of the command line."""
-    config_file = checkpoint.find_config(checkpoint_path)
-    if config_file:
+    if config_file := checkpoint.find_config(checkpoint_path):
         config.load(config_file)
     else:
         report(f"no {checkpoint.CONFIG_FILE} beside {checkpoint_path}: the settings are the defaults and --config")

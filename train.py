@@ -1,10 +1,14 @@
 #!/bin/sh
-"exec" "${0%/*}/setup/python" "$0" "$@"
-"""Train a detector: ./train.py --config KEY=VALUE ... (all keys are explained in config.py).
+"exec" "${0%/*}/setup/python" "$0" "$@"  # fmt: skip
 
-TensorFlow is imported only once the arguments, the data and the paths are known to be good: mistakes are answered at
-once, and the workers that load images, which run the top of this file too, stay light.
+__doc__ = """Train a detector.
+
+    ./train.py --config MODE_FPN=True DATA.BASEDIR=/path/to/COCO BACKBONE.WEIGHTS=ImageNet-R50-AlignPadding.npz
+
+config.py explains every setting. The run's logs, checkpoints and configuration go to --logdir.
 """
+# TensorFlow is imported only once the arguments, the data and the paths are known to be good: mistakes are answered at
+# once, and the workers that load images, which run the top of this file too, stay light.
 
 import argparse
 import os
@@ -36,7 +40,9 @@ def main(arguments):
     records = [
         record
         for dataset in train_sets
-        for record in dataset.records(training=True, filter_empty=config.DATA.FILTER_EMPTY_ANNOTATIONS)
+        for record in dataset.records(
+            training=True, filter_empty=config.DATA.FILTER_EMPTY_ANNOTATIONS, masks=config.MODE_MASK
+        )
     ]
     if not records:
         raise ConfigError(f"DATA.TRAIN={config.DATA.TRAIN} holds no image to train on")

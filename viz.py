@@ -4,7 +4,6 @@ Images are uint8 [H, W, 3] BGR; boxes are x1 y1 x2 y2 in continuous pixel coordi
 Labels are 1..C, and `class_names[label - 1]` is a label's name.
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -89,23 +88,21 @@ def save_picture(picture, path):
     """
     content = cv2.imencode(".png", picture)[1].tobytes()
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-    for free in itertools.chain([path], numbered):
-        with contextlib.suppress(FileExistsError):
-            _write_new(free, content)
-            break
-    return free
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        return next(free for free in itertools.chain([path], numbered) if _write_new(free, content))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _write_new(path, content):
-    """Raises FileExistsError if there is such a file."""
+    """Whether there was no such file, and it has been written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "xb") as file:
             file.write(content)
     except FileExistsError:
-        raise
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        return False
+    return True
 
 
 def draw_items(image_bgr, items):
@@ -308,7 +305,7 @@ def show(pictures):
     os.environ.setdefault("QT_LOGGING_RULES", "default.warning=false")  # Qt misses fonts that no picture needs
     for title, picture in pictures:
         window = f"{title}  (any key: next, q: quit)"
-        cv2.namedWindow(window, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+        cv2.namedWindow(window, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
         cv2.imshow(window, picture)
         height, width = picture.shape[:2]
         scale = min(1.0, 1200 / width, 800 / height)

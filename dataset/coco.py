@@ -96,7 +96,7 @@ class CocoDataset(Dataset):
         content.clear()
         self.category_ids = tuple(sorted(categories))
         self.class_names = tuple(categories[category_id] for category_id in self.category_ids)
-        self.image_ids = tuple(sorted(images)[:max_images])
+        self.image_ids = tuple(sorted(image_id for image_id, image in images.items() if image)[:max_images])
         problems += _file_problems([images[i]["file_name"] for i in self.image_ids], self._image_dir)
         self._labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
         self._records, self._faults, self._without_segmentation = [], {}, []
@@ -228,22 +228,24 @@ def _categories(entries, problems):
     """Names by category id."""
     names = {}
     for index, entry in enumerate(entries):
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int or type(entry.get("name")) is not str:
+        if not _has_id(entry) or type(entry.get("name")) is not str:
             problems.append(f"categories[{index}] must have a whole number id and a name: {_short(entry)}")
         elif entry["id"] in names:
             problems.append(f"category id {entry['id']} occurs twice")
-        else:
-            names[entry["id"]] = entry["name"]
+        if _has_id(entry):
+            names[entry["id"]] = entry.get("name")
     return names
 
 
 def _images(entries, problems):
-    """Image entries by image id."""
+    """Image entries by image id; None for a broken one, so that its annotations are not called wrong as well."""
     images, file_names = {}, set()
     for index, entry in enumerate(entries):
         problem = _image_problem(entry)
         if problem:
             problems.append(f"images[{index}] {problem}")
+            if _has_id(entry):
+                images[entry["id"]] = None
             continue
         if entry["id"] in images:
             problems.append(f"image id {entry['id']} occurs twice")
@@ -254,8 +256,12 @@ def _images(entries, problems):
     return images
 
 
+def _has_id(entry):
+    return isinstance(entry, dict) and type(entry.get("id")) is int
+
+
 def _image_problem(entry):
-    if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+    if not _has_id(entry):
         return f"must have a whole number id: {_short(entry)}"
     if type(entry.get("file_name")) is not str:
         return f"(id {entry['id']}) has no file_name"
@@ -278,12 +284,13 @@ def _annotations_by_image(entries, images, categories, problems):
         if entry["id"] in seen:
             problems.append(f"annotation id {entry['id']} occurs twice")
         seen.add(entry["id"])
-        by_image[entry["image_id"]].append(entry)
+        if images[entry["image_id"]]:
+            by_image[entry["image_id"]].append(entry)
     return by_image
 
 
 def _annotation_problem(entry, images, categories):
-    if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+    if not _has_id(entry):
         return f"must have a whole number id: {_short(entry)}"
     image_id, category_id = entry.get("image_id"), entry.get("category_id")
     if type(image_id) is not int or image_id not in images:

@@ -293,7 +293,7 @@ class _Split:
             return present.issuperset(map(self._file_name, self._numbers()))
         if self.marker.exists():
             self._require_settings(self.marker)
-        elif self.image_dir.exists() and any(self.image_dir.iterdir()):
+        elif self.image_dir.exists() and set(os.listdir(self.image_dir)) - {_part(self.marker).name}:
             raise DatasetError(f"{self.image_dir} holds files that are not this data set's: choose another directory")
         return False
 
@@ -351,9 +351,13 @@ def _encode(image):
 
 def _write_atomically(path, content):
     """A file that exists is whole: an interrupted run leaves at most a `.part`, which the next one replaces."""
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     part.write_bytes(content)
     part.replace(path)
+
+
+def _part(path):
+    return path.with_name(path.name + ".part")
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -90,18 +90,19 @@ def _read_bits(packed_masks, which, row, column):
     return tf.cast(tf.bitwise.bitwise_and(tf.cast(octets, tf.int32), weight) > 0, tf.float32)
 
 
-def mask_loss(logits, targets, image_index, *, num_images):
+def mask_loss(logits, targets, image_index, is_real, *, num_images):
     """Cross-entropy with the masks of the ground truth's class.
 
     Args:
         logits: float32 [F, M, M], of the RoI's class. targets: float32 [F, M, M]. image_index: int32 [F].
+        is_real: bool [F], what is not takes no part
     Returns:
         scalar: the mean over an image's RoIs and pixels (0 where it has none), then over images
     """
     losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=logits)
-    of_roi = tf.reduce_mean(losses, axis=[1, 2])
+    of_roi = tf.where(is_real, tf.reduce_mean(losses, axis=[1, 2]), 0.0)
     total = tf.math.unsorted_segment_sum(of_roi, image_index, num_images)
-    count = tf.math.unsorted_segment_sum(tf.ones_like(of_roi), image_index, num_images)
+    count = tf.math.unsorted_segment_sum(tf.cast(is_real, tf.float32), image_index, num_images)
     return tf.reduce_mean(tf.math.divide_no_nan(total, count))
 
 

@@ -24,6 +24,7 @@ from config import config
 from . import box_head, box_ops, cascade, mask_head, rpn
 from .backbone import frozen, resnet, resnet_stage
 from .fpn import fpn
+from .layers import shape_list
 
 C4_RESOLUTION = 14
 BOX_RESOLUTION, MASK_RESOLUTION = 7, 14
@@ -398,15 +399,21 @@ def _mask_logits(features):
 
 def _mask_branch(features, box_features, rois, image_shape, gt_masks):
     """Losses and metrics of the masks of the foreground RoIs (in a cascade: of the first stage's)."""
-    n, slots = tf.shape(rois.boxes)[0], tf.shape(rois.boxes)[1]
+    n, slots = shape_list(rois.labels)
     foreground = tf.where(rois.is_foreground)
-    boxes, labels, gt_index = (tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index))
+    # A convolution's gradient needs at least one RoI: without foreground, slot 0 stands in, and counts for nothing.
+    is_empty = tf.cast(tf.equal(tf.shape(foreground)[0], 0), tf.int32)
+    foreground = tf.pad(foreground, [[0, is_empty], [0, 0]])
+    boxes, labels, gt_index, is_real = (
+        tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index, rois.is_foreground)
+    )
     image, slot = tf.unstack(tf.cast(foreground, tf.int32), axis=1)
     x = features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
-    logits = mask_head.of_label(_mask_logits(x), labels)
+    logits = mask_head.of_label(_mask_logits(x), tf.maximum(labels, 1))
     targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
-    loss = mask_head.mask_loss(logits, targets, image, num_images=n)
-    return {"maskrcnn_loss/maskrcnn_loss": loss}, _prefixed("maskrcnn", mask_head.mask_metrics(logits, targets))
+    loss = mask_head.mask_loss(logits, targets, image, is_real, num_images=n)
+    metrics = mask_head.mask_metrics(logits, targets)
+    return {"maskrcnn_loss/maskrcnn_loss": loss}, _prefixed("maskrcnn", metrics)
 
 
 def _prefixed(prefix, scalars):

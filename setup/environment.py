@@ -1,4 +1,4 @@
-"""Makes the virtual environment `.venv` of this checkout, brings it up to date, or repairs it; silent where it is right.
+"""Makes the virtual environment `.venv` of this checkout, brings it up to date or repairs it; silent where it is right.
 
     python setup/environment.py [dev] [horovod]
 
@@ -83,7 +83,7 @@ class Environment:
         return {}
 
     def fault(self, wanted_python=None):
-        """Returns why the environment must be made anew, in words, or None. `wanted_python`: "3.11", or None for any."""
+        """Returns in words why the environment must be made anew, or None. `wanted_python`: "3.11", or None for any."""
         identity = self.identity()
         if not self.python.exists():
             return "it has no Python" if identity else "there is none yet"

@@ -152,7 +152,7 @@ def works(environment):
 
 
 def install(environment, requirements, folder, digest):
-    """Installs Horovod into `environment` from the cache folder; builds the wheel if there is none, or none that works."""
+    """Installs Horovod into `environment` from the cache folder; builds the wheel if there is none that works."""
     with locked(folder.parent):
         wheel = cached_wheel(folder)
         if wheel:

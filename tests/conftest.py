@@ -15,7 +15,7 @@ if os.environ.get("RCNN_TEST_GPU") != "1":
 
 @pytest.fixture(scope="session")
 def coco_tiny():
-    """The folder of a small part of COCO in COCO's layout: $RCNN_COCO_TINY, or beside the checkout. Skips without it."""
+    """A folder with a small part of COCO in its layout: $RCNN_COCO_TINY, or beside the checkout. Skips without it."""
     folder = Path(os.environ.get("RCNN_COCO_TINY") or ROOT.parent / "shared" / "coco_tiny")
     if not (folder / "annotations").is_dir():
         pytest.skip(f"no data in {folder}: name its folder in RCNN_COCO_TINY")

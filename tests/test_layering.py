@@ -40,7 +40,7 @@ RUNS_INPUT = {
 
 
 def module_name(path):
-    """The dotted name of a file given relative to the root: modeling/rpn.py -> modeling.rpn, dataset/__init__.py -> dataset."""
+    """The dotted name of a file relative to the root: modeling/rpn.py is modeling.rpn, dataset/__init__.py dataset."""
     parts = Path(path).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -75,7 +75,7 @@ def imported_modules(tree, path):
 
 
 def edges(tree, path):
-    """Yields (line, unit) for the project's units that the file imports; `from modeling import rpn` counts as modeling.rpn."""
+    """Yields (line, unit) for the project's units that a file imports; `from modeling import rpn` is modeling.rpn."""
     for line, module, names in imported_modules(tree, path):
         targets = (
             {f"{module}.{name}" for name in names if f"{module}.{name}" in UNITS} if module == "modeling" else set()

@@ -1,0 +1,97 @@
+"""What the tests of TensorFlow code share: running it on arrays, and slow NumPy definitions that several parts need."""
+
+import numpy as np
+import tensorflow as tf
+
+import boxes as np_boxes
+
+tfv1 = tf.compat.v1
+
+
+def evaluate(function, *arrays, random_variables=None):
+    """Run a function of tensors on arrays, in a graph of its own.
+
+    Args:
+        function: gets a placeholder per array and returns tensors, in any nesting
+        arrays: anything that NumPy takes; float64 becomes float32
+        random_variables: a NumPy generator; all variables get values from it in place of their initial ones
+    Returns:
+        what the function returned, with arrays for tensors
+    """
+    arrays = [np.asarray(x, np.float32 if np.asarray(x).dtype == np.float64 else None) for x in arrays]
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        inputs = [tfv1.placeholder(x.dtype, _known_sizes(x)) for x in arrays]
+        outputs = function(*inputs)
+        session.run(tfv1.global_variables_initializer())
+        for variable in tfv1.global_variables() if random_variables else ():
+            variable.load(_random_values(variable, random_variables), session)
+        return session.run(outputs, dict(zip(inputs, arrays)))
+
+
+def _known_sizes(x):
+    """Models know the number of channels, of classes and of a box's coordinates, and no other size of a tensor."""
+    is_known = x.dtype.kind == "f" and (x.ndim > 2 or x.shape[-1:] == (4,))
+    return [None] * (x.ndim - 1) + [x.shape[-1] if is_known else None] if x.ndim else []
+
+
+def _random_values(variable, rng):
+    """Away from zero; above it for what is a variance."""
+    sign = 1 if "variance" in variable.op.name else rng.choice([-1, 1], variable.shape)
+    return sign * rng.uniform(0.2, 1, variable.shape)
+
+
+def variables():
+    """The variables of the graph by name, to be evaluated beside a function's outputs."""
+    return {variable.op.name: variable for variable in tfv1.global_variables()}
+
+
+def random_boxes(rng, *shape, low=0.0, high=100.0, size=30.0):
+    """Boxes [*shape, 4] whose corners lie above `low`; centres below `high` and sides of `size` on average."""
+    corner = rng.uniform(low, high, (*shape, 2))
+    return np.concatenate([corner, corner + rng.exponential(size, (*shape, 2)) + 0.01], axis=-1).astype(np.float32)
+
+
+def encode(box, reference):
+    """Faster R-CNN's (tx, ty, tw, th) of one box, arXiv:1506.01497 eq. 2, in float64."""
+    (x1, y1, x2, y2), (xa1, ya1, xa2, ya2) = np.float64(box), np.float64(reference)
+    width, height = xa2 - xa1, ya2 - ya1
+    shift = ((x1 + x2) / 2 - (xa1 + xa2) / 2) / width, ((y1 + y2) / 2 - (ya1 + ya2) / 2) / height
+    return np.array([*shift, np.log((x2 - x1) / width), np.log((y2 - y1) / height)])
+
+
+def decode(deltas, reference, *, max_log_size):
+    """The box that (tx, ty, tw, th) lead to, in float64."""
+    (tx, ty, tw, th), (xa1, ya1, xa2, ya2) = np.float64(deltas), np.float64(reference)
+    x, y = tx * (xa2 - xa1) + (xa1 + xa2) / 2, ty * (ya2 - ya1) + (ya1 + ya2) / 2
+    width, height = np.exp(min(tw, max_log_size)) * (xa2 - xa1), np.exp(min(th, max_log_size)) * (ya2 - ya1)
+    return np.array([x - width / 2, y - height / 2, x + width / 2, y + height / 2])
+
+
+def greedy_nms(boxes, scores, threshold):
+    """The indices of what non-maximum suppression keeps, best first."""
+    kept = []
+    for i in np.argsort(-scores, kind="stable"):
+        if all(np_boxes.pairwise_iou(boxes[i], boxes[k])[0, 0] <= threshold for k in kept):
+            kept.append(i)
+    return kept
+
+
+def convolve(x, kernel, *, bias=0.0, stride=1, before=0, after=0):
+    """Cross-correlation of [N, H, W, C] with [K, K, C, D], padded with zeros top and left, and bottom and right."""
+    x = np.pad(x, [(0, 0), (before, after), (before, after), (0, 0)])
+    windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
+    return np.einsum("nyxchw,hwcd->nyxd", windows, kernel) + bias
+
+
+def group_norm(x, gamma, beta, *, groups):
+    """Group normalisation of [N, H, W, C], group by group, with epsilon 1e-5."""
+    y = np.zeros_like(x, np.float64)
+    for n, group in np.ndindex(len(x), groups):
+        channels = slice(group * x.shape[3] // groups, (group + 1) * x.shape[3] // groups)
+        part = np.float64(x[n, :, :, channels])
+        y[n, :, :, channels] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+    return y * gamma + beta
+
+
+def relu(x):
+    return np.maximum(x, 0)

@@ -1,0 +1,160 @@
+"""Finding, reading and matching checkpoints."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorpack.compat import tfv1
+
+import checkpoint
+from checkpoint import CheckpointError, CheckpointMismatch
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's directory with two TensorFlow checkpoints, the weights being their steps."""
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        weight = tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
+        tfv1.get_variable("conv0/W/Momentum", [2, 3], initializer=tf.zeros_initializer())
+        tfv1.get_variable("learning_rate", [], initializer=tf.zeros_initializer())
+        session.run(tfv1.global_variables_initializer())
+        saver = tfv1.train.Saver()
+        for step in (90, 500):
+            weight.load(np.full([2, 3], step, np.float32), session)
+            saver.save(session, str(tmp_path / "model"), global_step=step)
+    return tmp_path
+
+
+@pytest.mark.parametrize("spelling", ["model-500", "model-500.index", "model-500.data-00000-of-00001", "."])
+def test_every_spelling_of_a_tensorflow_checkpoint(run, spelling):
+    found = checkpoint.resolve(run / spelling)
+    assert found == run / "model-500"
+    values = checkpoint.read(found)
+    assert list(values) == ["conv0/W"]  # no slots of the optimizer
+    np.testing.assert_array_equal(values["conv0/W"], np.full([2, 3], 500))
+
+
+def test_directory_whose_state_file_is_gone_or_names_what_is_gone(run):
+    (run / "checkpoint").write_text('model_checkpoint_path: "model-777"\n')
+    assert checkpoint.resolve(run) == run / "model-500"
+    (run / "checkpoint").unlink()
+    assert checkpoint.resolve(run) == run / "model-500"
+
+
+def test_directory_whose_newest_checkpoint_is_incomplete(run):
+    (run / "model-500.data-00000-of-00001").unlink()
+    assert checkpoint.resolve(run) == run / "model-90"
+    with pytest.raises(CheckpointError, match="incomplete"):
+        checkpoint.resolve(run / "model-500")
+
+
+def test_wrong_paths_name_what_is_beside(run):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*model-7; found there: model-90, model-500") as error:
+        checkpoint.resolve(run / "model-7")
+    assert error.value.exit_code == 2
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        checkpoint.resolve(run / "nowhere" / "model-7")
+    (run / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in the directory"):
+        checkpoint.resolve(run / "empty")
+
+
+def test_cut_off_data_file(run):
+    data_file = run / "model-500.data-00000-of-00001"
+    data_file.write_bytes(data_file.read_bytes()[:-1])
+    with pytest.raises(CheckpointMismatch, match="model-500 can't be read"):
+        checkpoint.read(run / "model-500")
+
+
+def test_npz_with_and_without_the_zoo_s_suffix(tmp_path):
+    np.savez(tmp_path / "zoo.npz", **{"conv0/W:0": np.ones(3), "conv0/bn/gamma": np.ones(2), "global_step": np.ones(1)})
+    assert sorted(checkpoint.read(checkpoint.resolve(tmp_path / "zoo.npz"))) == ["conv0/W", "conv0/bn/gamma"]
+
+
+class Payload:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_npz_is_never_unpickled(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "shown")))
+    assert (tmp_path / "shown").exists()
+    np.savez(tmp_path / "evil.npz", **{"conv0/W": np.array([Payload(tmp_path / "victim")], object)})
+    with pytest.raises(CheckpointMismatch, match="can't be read"):
+        checkpoint.read(tmp_path / "evil.npz")
+    assert not (tmp_path / "victim").exists()
+
+
+def test_npz_that_is_no_archive(tmp_path):
+    for content in (b"", b"hello", b"PK\x03\x04 cut off"):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(CheckpointMismatch, match="can't be read"):
+            checkpoint.read(checkpoint.resolve(tmp_path / "broken.npz"))
+
+
+SHAPES = {"conv0/W": [2, 3], "fpn/lateral_1x1_c2/b": [4], "fastrcnn/outputs/class/W": [5, 81], "maskrcnn/conv/b": [80]}
+
+
+def values(**changes):
+    """A file's content: that of SHAPES, with changes (None: left out)."""
+    shapes = {**SHAPES, **{name.replace("__", "/"): shape for name, shape in changes.items()}}
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if shape is not None}
+
+
+def test_match_and_report():
+    content = values(conv0__W=[3, 2], maskrcnn__conv__b=None, linear__W=[7])
+    matched = checkpoint.match(content, SHAPES)
+    assert matched == (["fastrcnn/outputs/class/W", "fpn/lateral_1x1_c2/b"], ["conv0/W"], ["maskrcnn/conv/b"], ["linear/W"])
+    lines = checkpoint.report("file.npz", content, SHAPES, matched)
+    assert lines[0] == "file.npz: 2 loaded, 1 mismatched, 1 absent, 1 unused"
+    assert [line.split(None, 1) for line in lines[1:]] == [
+        ["conv0/W", "shape [3, 2] in the file, [2, 3] in the model"],  # same size: still never reshaped
+        ["maskrcnn/conv/b", "absent in the file"],
+        ["linear/W", "unused: not in the model"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("check", "content", "message"),
+    [
+        (checkpoint.check_complete, values(), None),
+        (checkpoint.check_complete, values(conv0__W=None), "1 absent, first conv0/W"),
+        (checkpoint.check_complete, values(conv0__W=[3, 2]), "1 other shapes"),
+        (checkpoint.check_complete, {"other/W": np.zeros(1)}, "holds no variable of this model"),
+        (checkpoint.check_complete, {"conv0/W": np.zeros([2, 3])}, "BACKBONE.WEIGHTS"),
+        (checkpoint.check_finetune, values(fastrcnn__outputs__class__W=[5, 3], maskrcnn__conv__b=[2]), None),
+        (checkpoint.check_finetune, values(conv0__W=[3, 2]), "another model: 1 variables don't fit, first conv0/W"),
+        (checkpoint.check_finetune, values(maskrcnn__conv__b=None), "first maskrcnn/conv/b"),
+        (checkpoint.check_finetune, {"conv0/W": np.zeros([2, 3])}, "BACKBONE.WEIGHTS"),
+        (checkpoint.check_backbone, {"conv0/W": np.zeros([2, 3]), "linear/W": np.zeros(9)}, None),
+        (checkpoint.check_backbone, {"conv0/W": np.zeros([3, 2])}, "first conv0/W"),
+        (checkpoint.check_backbone, {"conv0/W": np.zeros([2, 3]), "other/W": np.zeros(1)}, "too many, first other/W"),
+    ],
+)
+def test_what_fits_which_purpose(check, content, message):
+    matched = checkpoint.match(content, SHAPES)
+    if message is None:
+        return check("file.npz", matched)
+    with pytest.raises(CheckpointMismatch, match=message) as error:
+        check("file.npz", matched)
+    assert error.value.exit_code == 5
+
+
+def test_load_gives_the_variables_their_values(tmp_path):
+    np.savez(tmp_path / "zoo.npz", **{"conv0/W:0": np.arange(6, dtype=np.float64).reshape(2, 3)})
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        weight = tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
+        other = tfv1.get_variable("conv0/W/Momentum", [2, 3], initializer=tf.zeros_initializer())
+        session.run(tfv1.global_variables_initializer())
+        matched, lines = checkpoint.load(tmp_path / "zoo.npz", session, check=checkpoint.check_complete)
+        np.testing.assert_array_equal(session.run(weight), np.arange(6).reshape(2, 3))
+        assert not session.run(other).any()
+    assert matched.loaded == ["conv0/W"]
+    assert len(lines) == 1

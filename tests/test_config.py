@@ -1,0 +1,627 @@
+"""The configuration: recipes paste, values are typed, mistakes are named, frozen is frozen, files survive."""
+
+import copy
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import GROUPS, Config, ConfigError, UserError, config, lr_schedule_steps
+
+HERE = Path(__file__).parent
+GN = {
+    "FPN.NORM=GN": "GN",
+    "BACKBONE.NORM=GN": "GN",
+    "FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head": "fastrcnn_4conv1fc_gn_head",
+    "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head": "maskrcnn_up4conv_gn_head",
+}
+R101 = {"BACKBONE.RESNET_NUM_BLOCKS=[3,4,23,3]": (3, 4, 23, 3)}
+FPN = {"MODE_FPN=True": True}
+CASCADE = {"FPN.CASCADE=True": True}
+# The configurations of the published results table, with what each setting must become.
+RECIPES = {
+    "R50-C4 super quick": {
+        "MODE_MASK=False": False,
+        "FRCNN.BATCH_PER_IM=64": 64,
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=600": 600,
+        "PREPROC.MAX_SIZE=1024": 1024,
+        "TRAIN.LR_SCHEDULE=[140000,180000,200000]": (140000, 180000, 200000),
+    },
+    "R50-C4 box": {"MODE_MASK=False": False},
+    "R50-FPN box": {"MODE_MASK=False": False, **FPN},
+    "R50-C4": {},
+    "R50-FPN": FPN,
+    "R50-FPN 2x": {**FPN, "TRAIN.LR_SCHEDULE=[240000,320000,360000]": (240000, 320000, 360000)},
+    "R50-FPN-GN": {**FPN, **GN, "TRAIN.LR_SCHEDULE=[240000,320000,360000]": (240000, 320000, 360000)},
+    "R50-FPN Cascade": {**FPN, **CASCADE},
+    "R101-C4": R101,
+    "R101-FPN": {**FPN, **R101},
+    "R101-FPN 3x Cascade": {
+        **FPN,
+        **CASCADE,
+        **R101,
+        "TEST.RESULT_SCORE_THRESH=1e-4": 0.0001,
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,800]": (640, 800),
+        "TRAIN.LR_SCHEDULE=[420000,500000,540000]": (420000, 500000, 540000),
+    },
+    "R101-FPN-GN 9x Cascade": {
+        **FPN,
+        **CASCADE,
+        **R101,
+        **GN,
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,800]": (640, 800),
+        "TRAIN.LR_SCHEDULE=[1500000,1580000,1620000]": (1500000, 1580000, 1620000),
+        "BACKBONE.FREEZE_AT=0": 0,
+    },
+    "R50-FPN-SyncBN": {**FPN, "BACKBONE.NORM=SyncBN": "SyncBN"},
+}
+
+
+def value_of(tree, key):
+    """The value at a dotted key, by attribute."""
+    for name in key.split("."):
+        tree = getattr(tree, name)
+    return tree
+
+
+def updated(*overrides):
+    fresh = Config()
+    fresh.update(overrides)
+    return fresh
+
+
+def message_of(function, *arguments):
+    """The message of the ConfigError that a call must raise."""
+    with pytest.raises(ConfigError) as raised:
+        function(*arguments)
+    return str(raised.value)
+
+
+def leaves(tree, prefix=""):
+    """{dotted key: value} of a tree of dicts."""
+    flat = {}
+    for name, value in tree.items():
+        flat.update(leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+# -------------------------------------------------------------------------------------------- defaults and recipes
+
+
+def test_defaults_are_the_references():
+    reference = leaves(json.loads((HERE / "data" / "reference_config.json").read_text()))
+    ours = leaves(Config().to_dict())
+    assert {key: as_json(ours[key]) for key in reference} == reference
+    assert {key: type(as_json(ours[key])) for key in reference} == {key: type(x) for key, x in reference.items()}
+    assert {key: ours[key] for key in set(ours) - set(reference)} == {
+        "BACKBONE.WIDTH": 64,
+        "TRAIN.BATCH_SIZE_PER_GPU": 1,
+        "TRAIN.PRECISION": "float32",
+        "TRAIN.SEED": 0,
+        "TEST.BATCH_SIZE_PER_GPU": 1,
+        "TEST.PRECISION": "float32",
+    }
+
+
+def test_defaults_pass_the_check_in_silence(caplog):
+    Config().check()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_recipes_paste(recipe, caplog):
+    fresh = updated(*RECIPES[recipe])
+    for setting, expected in RECIPES[recipe].items():
+        value = value_of(fresh, setting.partition("=")[0])
+        assert value == expected and type(value) is type(expected), setting
+    fresh.check()
+    assert caplog.records == []
+
+
+def test_global_config_is_a_config():
+    assert isinstance(config, Config)
+
+
+# ----------------------------------------------------------------------------------------------- values and types
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("BACKBONE.WEIGHTS=/path/with spaces.npz", "/path/with spaces.npz"),
+        ("BACKBONE.WEIGHTS='/path/with spaces.npz'", "/path/with spaces.npz"),
+        ('BACKBONE.WEIGHTS="/a=b/c.npz"', "/a=b/c.npz"),
+        ("BACKBONE.WEIGHTS=/a=b/c.npz", "/a=b/c.npz"),
+        ("BACKBONE.WEIGHTS=", ""),
+        ("BACKBONE.WEIGHTS=2017", "2017"),
+        ("BACKBONE.WEIGHTS=['a']", "['a']"),
+        ("BACKBONE.WEIGHTS=b'a'", "b'a'"),
+        ("FPN.NORM=None", "None"),
+        ("TRAINER=horovod", "horovod"),
+        ("DATA.VAL=coco_val2017", ("coco_val2017",)),
+        ("DATA.VAL=2017", ("2017",)),
+        ("DATA.TRAIN=('a','b')", ("a", "b")),
+        ("DATA.TRAIN=['a']", ("a",)),
+        ("DATA.VAL=[]", ()),
+        ("TRAIN.LR_SCHEDULE=1x", "1x"),
+        ("TRAIN.LR_SCHEDULE='3x'", "3x"),
+        ("TRAIN.LR_SCHEDULE=(10,20.0)", (10, 20)),
+        ("TRAIN.NUM_GPUS=None", None),
+        ("TRAIN.NUM_GPUS=8", 8),
+        ("TRAIN.BASE_LR=1", 1.0),
+        ("TRAIN.BASE_LR = 2e-2", 0.02),
+        ("TRAIN.STEPS_PER_EPOCH=1e3", 1000),
+        ("RPN.MIN_SIZE=0.01", 0.01),
+        ("RPN.BATCH_PER_IM=1000000", 1000000),
+        ("PREPROC.MAX_SIZE=1333.5", 1333.5),
+        ("PREPROC.MAX_SIZE=1333.0", 1333),
+        ("PREPROC.TRAIN_SHORT_EDGE_SIZE=[640,672,704]", (640, 672, 704)),
+        ("PREPROC.PIXEL_MEAN=(0,1,2)", (0.0, 1.0, 2.0)),
+        ("RPN.ANCHOR_SIZES=[16,32,64.5]", (16.0, 32.0, 64.5)),
+        ("MODE_FPN=True", True),
+    ],
+)
+def test_values_are_read(override, expected):
+    value = value_of(updated(override), override.partition("=")[0].strip())
+    assert value == expected
+    assert type(value) is type(expected)
+    if isinstance(value, tuple):
+        assert [type(x) for x in value] == [type(x) for x in expected]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "MODE_FPN=1",
+        "MODE_FPN=true",
+        "MODE_FPN='True'",
+        "MODE_FPN=",
+        "TRAIN.SEED=True",
+        "TRAIN.SEED=1.5",
+        "TRAIN.SEED=None",
+        "TRAIN.NUM_GPUS=False",
+        "TRAIN.NUM_GPUS=two",
+        "TRAIN.BASE_LR=True",
+        "TRAIN.BASE_LR='0.1'",
+        "TRAIN.BASE_LR=nan",
+        "TRAIN.BASE_LR=1e999",
+        "TRAIN.BASE_LR=-1e999",
+        "TRAIN.BASE_LR=0.1j",
+        "TRAIN.BASE_LR=[0.1]",
+        "TRAIN.BASE_LR=1" + "0" * 400,
+        "TRAIN.BASE_LR=1" + "0" * 10**6,
+        "TRAIN.SEED=0x" + "f" * 10**5,
+        "TRAIN.BASE_LR=0.1*2",
+        "TRAIN.LR_SCHEDULE=[1.5]",
+        "TRAIN.LR_SCHEDULE=['1x']",
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=600.5",
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=[True,800]",
+        "PREPROC.TEST_SHORT_EDGE_SIZE=[800,800]",
+        "PREPROC.PIXEL_STD=[1,2,1e999]",
+        "PREPROC.PIXEL_STD=123",
+        "RPN.ANCHOR_RATIOS={1,2}",
+        "RPN.ANCHOR_RATIOS={[]: 1}",
+        "BACKBONE.RESNET_NUM_BLOCKS=3,4,'6',3",
+        "CASCADE.BBOX_REG_WEIGHTS=[10,10,5,5]",
+        "DATA.TRAIN=['a',1]",
+        "TRAIN.SEED=" + "[" * 10**5,
+        "TRAIN.SEED=" + "-" * 10**5 + "1",
+        "TRAIN.SEED=1\x00",
+        "TRAIN.SEED=1\nTRAIN.SEED=2",
+    ],
+    ids=lambda override: override[:30].replace("\x00", "NUL"),
+)
+def test_wrong_types_name_the_key(override):
+    fresh = Config()
+    key = override.partition("=")[0]
+    message = message_of(fresh.update, [override])
+    assert message.startswith(f"{key}=") and ": expected " in message
+    assert "\n" not in message and len(message) < 200
+    assert fresh.changes() == {}
+
+
+def test_types_hold_for_attributes():
+    fresh = Config()
+    fresh.TRAIN.BASE_LR = 1
+    assert type(fresh.TRAIN.BASE_LR) is float
+    sizes = [640, 800]
+    fresh.PREPROC.TRAIN_SHORT_EDGE_SIZE = sizes
+    sizes.append(1)
+    assert fresh.PREPROC.TRAIN_SHORT_EDGE_SIZE == (640, 800)
+    with pytest.raises(ConfigError, match="MODE_FPN=1: expected True or False"):
+        fresh.MODE_FPN = 1
+    with pytest.raises(ConfigError, match=r"TRAIN.BASE_LR=nan: expected finite number"):
+        fresh.TRAIN.BASE_LR = float("nan")
+    with pytest.raises(ConfigError, match="unknown key TRAIN.LR"):
+        fresh.TRAIN.LR = 1.0
+    with pytest.raises(ConfigError, match="TRAIN is a group"):
+        fresh.TRAIN = {}
+
+
+def test_injected_code_does_not_run(tmp_path):
+    target = tmp_path / "X"
+    payload = f"__import__('os').system('touch {target}')"
+    for key in leaves(Config().to_dict()):
+        fresh = Config()
+        try:
+            fresh.update([f"{key}={payload}"])
+        except ConfigError as error:
+            assert key in str(error)
+        else:
+            assert value_of(fresh, key) in (payload, (payload,))  # a text, and no more than that
+    for key in ("TRAINER", "TRAIN.LR_SCHEDULE", "FPN.FRCNN_HEAD_FUNC"):
+        assert f"{key}=__import__" in message_of(updated(f"{key}={payload}").check)
+    assert not target.exists()
+
+
+def test_fresh_trees_share_nothing():
+    first, second = Config(), Config()
+    first.update(["TRAIN.BASE_LR=3", "DATA.TRAIN=a"])
+    assert second.changes() == {} and Config().TRAIN.BASE_LR == 0.01
+
+
+# ------------------------------------------------------------------------------------------------- unknown keys
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("BASE_LR", ["TRAIN.BASE_LR"]),
+        ("base_lr", ["TRAIN.BASE_LR"]),
+        ("train.base_lr", ["TRAIN.BASE_LR"]),
+        ("TRAIN.BASELR", ["TRAIN.BASE_LR"]),
+        ("TRIAN.BASE_LR", ["TRAIN.BASE_LR"]),
+        ("TEST.BASE_LR", ["TRAIN.BASE_LR"]),
+        ("BATCH_PER_IM", ["RPN.BATCH_PER_IM", "FRCNN.BATCH_PER_IM"]),
+        ("BACKBONE.MAX_SIZE", ["PREPROC.MAX_SIZE"]),
+        ("preproc.num_workers", ["DATA.NUM_WORKERS"]),
+        ("BACKBONE.SEED", ["TRAIN.SEED"]),
+        ("MODE_FNP", ["MODE_FPN"]),
+        ("FPN.FREEZE_AT", ["BACKBONE.FREEZE_AT"]),
+        ("PREPROC.MAXSIZE", ["PREPROC.MAX_SIZE"]),
+        ("update", []),
+        ("_values", []),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, nearest):
+    message = message_of(Config().update, [f"{key}=1"])
+    assert "\n" not in message and key in message
+    for expected in nearest:
+        assert expected in message.partition("did you mean")[2], message
+
+
+def test_unlike_everything():
+    assert message_of(Config().update, ["QQQQ=1"]) == "unknown key QQQQ: config.py lists all keys"
+    assert len(message_of(Config().update, ["Q" * 10**6 + "=1"])) < 200
+
+
+def test_groups_and_shapeless_overrides():
+    for group in GROUPS:
+        assert f"{group} is a group" in message_of(Config().update, [f"{group}={{}}"])
+    assert "MODE_FPN: expected KEY=VALUE" in message_of(Config().update, ["MODE_FPN"])
+
+
+def test_update_tells_all_problems_and_changes_nothing():
+    fresh = Config()
+    message = message_of(fresh.update, ["MODE_FPN=True", "FOO=1", "TRAIN.BASE_LR=x", "TRAIN"])
+    assert [line.split(":")[0] for line in message.splitlines()] == ["unknown key FOO", "TRAIN.BASE_LR=x", "TRAIN"]
+    assert fresh.changes() == {}
+
+
+def test_reading_an_unknown_key_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="TRAIN.BASE_LR"):
+        Config().TRAIN.BASELR  # noqa: B018
+    assert not hasattr(Config(), "FOO")
+
+
+# ------------------------------------------------------------------------------------------------------- freeze
+
+
+def test_frozen_means_frozen():
+    fresh = updated("DATA.TRAIN=['a']")
+    group = fresh.TRAIN
+    fresh.freeze()
+    attempts = [
+        lambda: setattr(fresh, "MODE_FPN", True),
+        lambda: setattr(fresh.TRAIN, "BASE_LR", 1.0),
+        lambda: setattr(group, "BASE_LR", 1.0),
+        lambda: setattr(fresh, "TRAIN", {}),
+        lambda: setattr(fresh, "NEW", 1),
+        lambda: setattr(fresh, "_frozen", False),
+        lambda: setattr(fresh, "_values", {}),
+        lambda: delattr(fresh, "MODE_FPN"),
+        lambda: delattr(fresh.TRAIN, "BASE_LR"),
+        lambda: fresh.update(["MODE_FPN=True"]),
+        lambda: fresh.load(os.devnull),
+    ]
+    before = fresh.to_dict()
+    for attempt in attempts:
+        with pytest.raises(ConfigError):
+            attempt()
+    assert fresh.to_dict() == before
+    before["TRAIN"]["BASE_LR"] = 7.0
+    assert fresh.TRAIN.BASE_LR == 0.01
+
+
+def test_no_value_can_be_changed_in_place():
+    for key, value in leaves(Config().to_dict()).items():
+        hash(value)  # only immutable values, nested ones included, have a hash
+        assert value_of(Config(), key) == value
+
+
+def test_copies_and_pickles_keep_the_values():
+    frozen = updated("TRAIN.BASE_LR=3")
+    frozen.freeze()
+    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert other.to_dict() == frozen.to_dict()
+        with pytest.raises(ConfigError):
+            other.TRAIN.BASE_LR = 4.0
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "config.json"
+    first = updated(*RECIPES["R101-FPN-GN 9x Cascade"], "DATA.TRAIN=('ä','b c')", "TRAIN.NUM_GPUS=3", "TRAIN.BASE_LR=1")
+    first.freeze()
+    first.save(path)
+    second = Config()
+    second.load(path)
+    assert second.to_dict() == first.to_dict()
+    assert leaves(json.loads(path.read_text())) == as_json(leaves(first.to_dict()))
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_missing_keys_keep_their_defaults_and_overrides_win(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"MODE_FPN": true, "TRAIN": {"BASE_LR": 1, "SEED": 4}, "FPN": {}}')
+    fresh = Config()
+    fresh.load(path)
+    assert fresh.changes() == {"MODE_FPN": True, "TRAIN.BASE_LR": 1.0, "TRAIN.SEED": 4}
+    fresh.update(["TRAIN.SEED=5"])
+    assert fresh.TRAIN.SEED == 5
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ("", "damaged"),
+        ('{"MODE_FPN": tr', "damaged"),
+        ("\x80\x81", "damaged"),
+        ("[" * 10**5, "damaged"),
+        ('{"TRAIN": {"SEED": 1' + "0" * 10**6 + "}}", "damaged"),
+        ("[1, 2]", "not a configuration"),
+        ('{"TRAIN": {"BASELR": 1}}', "TRAIN.BASE_LR"),
+        ('{"FOO": {}}', "FOO"),
+        ('{"FOO": ' + '{"a": ' * 200 + "1" + "}" * 201, "FOO"),
+        ('{"TRAIN": 1}', "TRAIN is a group"),
+        ('{"MODE_FPN": {"A": 1}}', "MODE_FPN"),
+        ('{"MODE_FPN": 1}', "MODE_FPN"),
+        ('{"TRAIN": {"BASE_LR": NaN}}', "TRAIN.BASE_LR"),
+        ('{"TRAIN": {"BASE_LR": "0.1"}}', "TRAIN.BASE_LR"),
+    ],
+    ids=range(14),
+)
+def test_bad_files_name_the_file_and_the_key(tmp_path, content, named):
+    path = tmp_path / "config.json"
+    path.write_bytes(content.encode("latin-1"))
+    fresh = Config()
+    message = message_of(fresh.load, path)
+    assert str(path) in message and named in message and "\n" not in message
+    assert fresh.changes() == {}
+
+
+def test_every_problem_of_a_file_is_told(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"FOO": 1, "TRAIN": {"SEED": "x"}}')
+    lines = message_of(Config().load, path).splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"{path}: ") for line in lines)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path):
+    assert str(tmp_path / "none.json") in message_of(Config().load, tmp_path / "none.json")
+    assert str(tmp_path) in message_of(Config().load, tmp_path)
+    assert "none/config.json" in message_of(Config().save, tmp_path / "none" / "config.json")
+    (tmp_path / "folder").mkdir()
+    message_of(Config().save, tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"]  # nothing half-written is left
+
+
+def test_a_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in message_of(Config().save, path)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["config.json"]
+
+
+# -------------------------------------------------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "TRAINER=mirrored",
+        "BACKBONE.NORM=BN",
+        "BACKBONE.FREEZE_AT=6",
+        "BACKBONE.FREEZE_AT=-1",
+        "FPN.NORM=SyncBN",
+        "FPN.PROPOSAL_MODE=level",
+        "FPN.FRCNN_HEAD_FUNC=maskrcnn_up4conv_head",
+        "FPN.MRCNN_HEAD_FUNC=fastrcnn_2fc_head",
+        "TRAIN.PRECISION=float64",
+        "TRAIN.PRECISION=float16",
+        "TEST.PRECISION=half",
+        "DATA.ABSOLUTE_COORD=False",
+        "DATA.NUM_WORKERS=-1",
+        "DATA.NUM_CATEGORY=0",
+        "TRAIN.NUM_GPUS=0",
+        "TRAIN.BATCH_SIZE_PER_GPU=0",
+        "TRAIN.BASE_LR=0",
+        "TRAIN.BASE_LR=-0.1",
+        "TRAIN.WARMUP=-1",
+        "TRAIN.SEED=-1",
+        "TRAIN.SEED=2147483648",
+        "TRAIN.LR_SCHEDULE=0x",
+        "TRAIN.LR_SCHEDULE=10x",
+        "TRAIN.LR_SCHEDULE=5",
+        "TRAIN.LR_SCHEDULE=[]",
+        "TRAIN.LR_SCHEDULE=[20,10]",
+        "TRAIN.LR_SCHEDULE=[10,10]",
+        "TRAIN.LR_SCHEDULE=[0,10]",
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=0",
+        "PREPROC.TRAIN_SHORT_EDGE_SIZE=[0,800]",
+        "PREPROC.TEST_SHORT_EDGE_SIZE=-800",
+        "PREPROC.MAX_SIZE=15",
+        "PREPROC.PIXEL_MEAN=[1,2]",
+        "PREPROC.PIXEL_MEAN=[1,2,256]",
+        "PREPROC.PIXEL_STD=[1,2,0]",
+        "RPN.POSITIVE_ANCHOR_THRESH=1.1",
+        "RPN.PROPOSAL_NMS_THRESH=-0.1",
+        "RPN.MIN_SIZE=-1",
+        "RPN.HEAD_DIM=0",
+        "RPN.TEST_POST_NMS_TOPK=0",
+        "FRCNN.BBOX_REG_WEIGHTS=[1,1,1]",
+        "BACKBONE.RESNET_NUM_BLOCKS=[3,4,6]",
+        "BACKBONE.RESNET_NUM_BLOCKS=[3,4,6,0]",
+        "CASCADE.IOUS=[0.5,0.6]",
+        "CASCADE.IOUS=[0.5,0.6,1.7]",
+        "CASCADE.BBOX_REG_WEIGHTS=[[1,1,1,1],[1,1,1,1]]",
+        "CASCADE.BBOX_REG_WEIGHTS=[[1,1,1,1],[1,1,1,1],[1,1,1,0]]",
+        "TEST.RESULT_SCORE_THRESH=5",
+        "TEST.RESULTS_PER_IM=0",
+    ],
+)
+def test_values_out_of_range_name_the_key(override):
+    message = message_of(updated(override).check)
+    assert override.partition("=")[0] in message and "\n" not in message and "must be" in message
+
+
+@pytest.mark.parametrize(
+    "overrides, remedy",
+    [
+        (["FPN.CASCADE=True"], "MODE_FPN=True"),
+        (["MODE_FPN=True", "FPN.ANCHOR_STRIDES=[4,8,16,32]"], None),
+        (["MODE_FPN=True", "FPN.ANCHOR_STRIDES=[8,16,32,64,128]"], "FPN.ANCHOR_STRIDES=[4,8,16,32,64]"),
+        (["MODE_FPN=True", "FPN.ANCHOR_STRIDES=[4,8,16,32,48]"], "FPN.ANCHOR_STRIDES=[4,8,16,32,64]"),
+        (["RPN.ANCHOR_SIZES=[32,64]", "MODE_FPN=True"], "RPN.ANCHOR_SIZES=[16,32,64,128,256]"),
+        (["RPN.ANCHOR_STRIDE=32"], "RPN.ANCHOR_STRIDE=16"),
+        (["RPN.ANCHOR_SIZES=[]"], "RPN.ANCHOR_SIZES=[64]"),
+        (["RPN.ANCHOR_RATIOS=[]"], "RPN.ANCHOR_RATIOS=[1]"),
+        (["RPN.NEGATIVE_ANCHOR_THRESH=0.8"], "RPN.POSITIVE_ANCHOR_THRESH=0.8"),
+        (["RPN.FG_RATIO=0.0"], "RPN.FG_RATIO=0.1"),
+        (["FRCNN.BATCH_PER_IM=3"], "FRCNN.BATCH_PER_IM=4"),
+        (["CASCADE.BBOX_REG_WEIGHTS=[[1,1,1,1],[1,1,1,1],[1,1,1]]"], None),
+        (["BACKBONE.FREEZE_AFFINE=True", "BACKBONE.NORM=SyncBN"], "BACKBONE.NORM=FreezeBN"),
+        (["BACKBONE.NORM=GN", "BACKBONE.WIDTH=34"], "BACKBONE.WIDTH=32"),
+        (["BACKBONE.NORM=GN", "BACKBONE.WIDTH=15"], "BACKBONE.WIDTH=16"),
+        (["MODE_FPN=True", "FPN.NORM=GN", "FPN.NUM_CHANNEL=100"], "FPN.NUM_CHANNEL=96"),
+        (["FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head", "FPN.FRCNN_CONV_HEAD_DIM=33"], "FPN.FRCNN_CONV_HEAD_DIM=32"),
+        (["FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head", "MRCNN.HEAD_DIM=33"], "MRCNN.HEAD_DIM=34"),
+        (["PREPROC.TRAIN_SHORT_EDGE_SIZE=[800,640]"], "PREPROC.TRAIN_SHORT_EDGE_SIZE=[800,640,480]"),
+        (["PREPROC.TRAIN_SHORT_EDGE_SIZE=[]"], "PREPROC.TRAIN_SHORT_EDGE_SIZE=[640]"),
+        (["DATA.TRAIN=[]"], "DATA.TRAIN=a"),
+        (["DATA.TRAIN="], "DATA.TRAIN=a"),
+        (["DATA.VAL=['a','']"], "DATA.VAL=[]"),
+        (["DATA.CLASS_NAMES=['BG','a']", "DATA.NUM_CATEGORY=2"], "DATA.NUM_CATEGORY=1"),
+        (["DATA.CLASS_NAMES=['a','b']", "DATA.NUM_CATEGORY=1"], "DATA.CLASS_NAMES=['BG','a']"),
+    ],
+)
+def test_contradictions_are_refused_until_remedied(overrides, remedy):
+    fresh = updated(*overrides)
+    message = message_of(fresh.check)
+    assert overrides[-1].partition("=")[0] in message
+    if remedy:
+        fresh.update([remedy])
+        fresh.check()
+
+
+def test_all_problems_are_told_at_once():
+    lines = message_of(updated("FPN.CASCADE=True", "TRAIN.BASE_LR=0", "TRAINER=x", "RPN.FG_RATIO=2").check).splitlines()
+    assert len(lines) == 4
+    assert [sum(key in line for line in lines) for key in ("FPN.CASCADE", "TRAIN.BASE_LR", "TRAINER", "FG_RATIO")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["FPN.NORM=GN"], "FPN.NORM has no effect with MODE_FPN=False"),
+        (["MODE_FPN=True", "RPN.HEAD_DIM=256"], "RPN.HEAD_DIM has no effect with MODE_FPN=True"),
+        (["MODE_FPN=True", "RPN.TEST_POST_NMS_TOPK=9"], "RPN.TEST_POST_NMS_TOPK has no effect with MODE_FPN=True FPN"),
+        (["RPN.TEST_PER_LEVEL_NMS_TOPK=9"], "RPN.TEST_PER_LEVEL_NMS_TOPK has no effect with MODE_FPN=False"),
+        (
+            ["MODE_FPN=True", "FPN.PROPOSAL_MODE=Joint", "RPN.TEST_PER_LEVEL_NMS_TOPK=9"],
+            "RPN.TEST_PER_LEVEL_NMS_TOPK has no effect with FPN.PROPOSAL_MODE=Joint",
+        ),
+        (["CASCADE.IOUS=[0.4,0.5,0.6]"], "CASCADE.IOUS has no effect with FPN.CASCADE=False"),
+        (["MODE_MASK=False", "MRCNN.HEAD_DIM=64"], "MRCNN.HEAD_DIM has no effect with MODE_MASK=False"),
+        (
+            ["MODE_FPN=True", "FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS=[1,1,1,1]"],
+            "FRCNN.BBOX_REG_WEIGHTS has no effect with FPN.CASCADE=True",
+        ),
+    ],
+)
+def test_settings_without_effect_are_warned_of(overrides, expected, caplog):
+    with caplog.at_level(logging.WARNING):
+        updated(*overrides).check()
+    assert [record.getMessage().startswith(expected) for record in caplog.records] == [True]
+
+
+# --------------------------------------------------------------------------------------- schedules, text, errors
+
+
+def test_schedules():
+    assert lr_schedule_steps("1x") == [120000, 160000, 180000]
+    assert lr_schedule_steps("2x") == [240000, 320000, 360000]
+    assert lr_schedule_steps("3x") == [420000, 500000, 540000]
+    assert lr_schedule_steps("9x") == [1500000, 1580000, 1620000]
+    assert lr_schedule_steps((10, 20)) == [10, 20]
+    assert lr_schedule_steps([60]) == [60]
+    for wrong in ("0x", "10x", "x", "1x ", "2xx", "2", "", [], [2, 1], [1, 1]):
+        with pytest.raises(ConfigError):
+            lr_schedule_steps(wrong)
+
+
+def test_every_line_of_the_dump_pastes_back():
+    first = updated(*RECIPES["R101-FPN-GN 9x Cascade"], 'BACKBONE.WEIGHTS=/a b/it\'s = "x".npz', "DATA.VAL=a")
+    first.DATA.BASEDIR = " 'a' "
+    lines = str(first).splitlines()
+    assert "TRAIN.BASE_LR = 0.01" in lines and len(lines) == len(leaves(first.to_dict()))
+    assert updated(*lines).to_dict() == first.to_dict()
+    assert str(first.MRCNN).splitlines() == ["MRCNN.HEAD_DIM = 256", "MRCNN.ACCURATE_PASTE = True"]
+
+
+def test_changes_are_what_differs_from_the_defaults():
+    assert updated("MODE_FPN=True", "TRAIN.BASE_LR=0.01", "TEST.RESULTS_PER_IM=5").changes() == {
+        "MODE_FPN": True,
+        "TEST.RESULTS_PER_IM": 5,
+    }
+
+
+def test_errors_are_the_users():
+    assert issubclass(ConfigError, UserError) and UserError.exit_code == 2
+
+
+def test_importing_config_imports_nothing_heavy():
+    code = "import sys, config; print([m for m in ('numpy', 'tensorflow', 'cv2', 'tensorpack') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

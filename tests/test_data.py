@@ -1,0 +1,770 @@
+"""From files to batches: against Pillow, against what is painted in the images, and with workers that fail or die."""
+
+import gc
+import hashlib
+import io
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from fractions import Fraction
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+import boxes
+import data
+from config import Config
+from dataset import Record, get_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60  # seconds, for what should take well under one
+
+SETTINGS = {"batch_size": 1, "short_edge": 64, "max_size": 128, "multiple": 32, "with_masks": True, "seed": 7}
+EVALUATION = {"batch_size": 2, "short_edge": 64, "max_size": 128, "multiple": 32}
+
+# Objects of different shape, none symmetric, in an image 90 wide and 60 high: x, y, ...
+TRIANGLE = [[8, 6], [40, 14], [20, 50]]
+ARROW = [[50, 30], [84, 30], [84, 56], [70, 44], [50, 52]]
+
+
+def make_image(path, height, width, polygons=()):
+    """A dark gradient, with polygon k painted white in channel k."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:] = np.linspace(0, 60, width)[None, :, None]
+    for channel, polygon in enumerate(polygons):
+        image[..., channel][boxes.segmentation_to_mask([np.array(polygon)], height, width) > 0] = 255
+    assert cv2.imwrite(str(path), image)
+
+
+def make_record(folder, image_id, height, width, polygons=(), *, crowd=(), segmentations=None):
+    path = folder / f"{image_id}.png"
+    make_image(path, height, width, polygons)
+    corners = [np.concatenate([np.min(polygon, axis=0), np.max(polygon, axis=0)]) for polygon in polygons]
+    return Record(
+        image_id=image_id,
+        path=str(path),
+        height=height,
+        width=width,
+        boxes_xyxy=np.array(corners, np.float32).reshape(-1, 4),
+        labels=np.arange(1, len(polygons) + 1, dtype=np.int64),
+        is_crowd=np.isin(np.arange(len(polygons)), crowd),
+        segmentations=tuple(segmentations or [[np.array(polygon, np.float32)] for polygon in polygons]),
+    )
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Seven images: four wide, one square, two tall; with two, one or no objects."""
+    folder = tmp_path_factory.mktemp("images")
+    sizes = [(60, 90), (60, 90), (90, 60), (64, 64), (48, 100), (120, 50), (50, 70)]
+    objects = [[TRIANGLE, ARROW], [ARROW], [], [TRIANGLE], [TRIANGLE], [TRIANGLE], []]
+    return [make_record(folder, i, *size, polygons) for i, (size, polygons) in enumerate(zip(sizes, objects), 11)]
+
+
+def stream(records, **changes):
+    return data.TrainingData(records, **{**SETTINGS, **changes})
+
+
+def take(batches, count):
+    with_close = iter(batches)
+    taken = list(itertools.islice(with_close, count))
+    with_close.close()
+    return taken
+
+
+def fingerprint(batches):
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, array in sorted(batch.items()):
+            digest.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def unpack(packed, width):
+    return np.unpackbits(packed, axis=-1)[..., :width]
+
+
+def mask_iou(a, b):
+    return np.logical_and(a, b).sum() / np.logical_or(a, b).sum()
+
+
+def tight_box(mask):
+    ys, xs = np.nonzero(mask)
+    return [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def children():
+    """Living child processes, without multiprocessing's own resource tracker, which ends with the parent."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(child.cmdline())
+    ]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# -------------------------------------------------------------------------------------------------------- reading files
+
+
+def smooth_picture(mode="RGB"):
+    """A smooth picture, which lossy formats keep, 48 wide and 32 high."""
+    small = np.random.default_rng(3).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    return Image.fromarray(cv2.resize(small, (48, 32), interpolation=cv2.INTER_CUBIC)).convert(mode)
+
+
+def encode(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def load_bytes(folder, content, name="a picture, é"):
+    path = folder / name
+    path.write_bytes(content)
+    return data.load_image(str(path))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "tolerance"),
+    [
+        ("RGB", "PNG", 0),
+        ("RGB", "BMP", 0),
+        ("RGB", "JPEG", 6),
+        ("L", "PNG", 0),
+        ("L", "JPEG", 3),
+        ("LA", "PNG", 0),
+        ("RGBA", "PNG", 0),
+        ("P", "PNG", 0),
+        ("1", "PNG", 0),
+        ("CMYK", "JPEG", 6),
+    ],
+)
+def test_load_image_gives_the_colours_that_pillow_reads(tmp_path, mode, kind, tolerance):
+    content = encode(smooth_picture(mode), kind)
+    image = load_bytes(tmp_path, content)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert image.dtype == np.uint8 and image.shape == (32, 48, 3)
+    # JPEG decoders may round differently, and interpolate colour in their own way.
+    assert np.abs(image[..., ::-1].astype(int) - expected).mean() <= tolerance
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_load_image_keeps_the_high_byte_of_16_bits(tmp_path, channels):
+    values = np.random.default_rng(0).integers(0, 2**16, (5, 7, channels), dtype=np.uint16)
+    _, content = cv2.imencode(".png", values)
+    image = load_bytes(tmp_path, content.tobytes())
+    np.testing.assert_allclose(image, np.broadcast_to(values / 257, (5, 7, 3)), atol=1)
+
+
+# EXIF orientation: what must be done to the stored pixels to see them upright (exif.org, tag 274).
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_load_image_applies_the_exif_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    plain = load_bytes(tmp_path, encode(smooth_picture(), "JPEG"))
+    image = load_bytes(tmp_path, encode(smooth_picture(), "JPEG", exif=exif))
+    np.testing.assert_array_equal(image, UPRIGHT[orientation](plain))
+
+
+def jpeg_with_thumbnail():
+    """The thumbnail in the header has an end marker of its own."""
+    content, thumbnail = encode(smooth_picture(), "JPEG"), encode(smooth_picture().resize((12, 8)), "JPEG")
+    segment = b"Exif\0\0" + thumbnail
+    return content[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + content[2:]
+
+
+COMPLETE = {
+    "JPEG": lambda: encode(smooth_picture(), "JPEG"),
+    "progressive JPEG": lambda: encode(smooth_picture(), "JPEG", progressive=True),
+    "JPEG with a thumbnail": jpeg_with_thumbnail,
+    "JPEG with fill bytes": lambda: encode(smooth_picture(), "JPEG").replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1),
+    "PNG": lambda: encode(smooth_picture(), "PNG"),
+    "BMP": lambda: encode(smooth_picture(), "BMP"),
+    "WEBP": lambda: encode(smooth_picture(), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_truncated_images_are_refused_and_bytes_after_the_end_are_not(tmp_path, kind):
+    content = COMPLETE[kind]()
+    assert load_bytes(tmp_path, content + b"appended").shape == (32, 48, 3)
+    for share in (0.02, 0.3, 0.6, 0.95):
+        with pytest.raises(data.ImageError, match="cut.*(cut off|not readable)"):
+            load_bytes(tmp_path, content[: int(len(content) * share)], name="cut")
+    with pytest.raises(data.ImageError):
+        load_bytes(tmp_path, content[:-2], name="cut")
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path):
+    for name, content in (
+        ("empty.jpg", b""),
+        ("text.jpg", b"no image at all, not even near"),
+        ("start", b"\xff\xd8\xff"),
+    ):
+        with pytest.raises(data.ImageError, match=name):
+            load_bytes(tmp_path, content, name=name)
+    with pytest.raises(data.ImageError, match=r"gone\.jpg: No such file"):
+        data.load_image(str(tmp_path / "gone.jpg"))
+    with pytest.raises(data.ImageError, match="directory"):
+        data.load_image(str(tmp_path))
+    assert data.ImageError.exit_code == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (480, 640, (800, 1067)),  # 640 * 800 / 480 = 1066.67
+        (640, 480, (1067, 800)),
+        (427, 640, (800, 1199)),  # 1199.06
+        (800, 800, (800, 800)),
+        (400, 1200, (448, 1344)),  # limited: 1344 / 1200 * 400
+        (2000, 1000, (1344, 672)),
+        (1, 5000, (32, 1344)),  # 0.27 would be no pixel
+        (5000, 1, (1344, 32)),
+        (1, 1, (800, 800)),
+    ],
+)
+def test_resized_shape_by_hand(height, width, expected):
+    assert data.resized_shape(height, width, short_edge=800, max_size=1344) == expected
+
+
+def test_resized_shape_is_exact():
+    """The definition in fractions, where floating point leaves no doubt."""
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(40, 2000, (2000, 2)).tolist():
+        scale = min(Fraction(800, min(height, width)), Fraction(1333, max(height, width)))
+        exact = [height * scale + Fraction(1, 2), width * scale + Fraction(1, 2)]
+        if all(abs(edge - round(edge)) > 1e-9 or scale * min(height, width) == 800 for edge in exact):
+            expected = tuple(max(int(edge), 32) for edge in exact)
+            assert data.resized_shape(height, width, short_edge=800, max_size=1333) == expected
+
+
+def test_short_edges_below_the_smallest_edge_are_kept():
+    assert data.resized_shape(100, 200, short_edge=16, max_size=64) == (16, 32)
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(32, (64, 96)), (1, (41, 70))])
+def test_pad_images(multiple, expected):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(1, 255, (*size, 3), dtype=np.uint8) for size in ((41, 60), (30, 70))]
+    padded, shapes = data.pad_images(images, multiple=multiple)
+    assert padded.shape == (2, *expected, 3) and padded.dtype == np.uint8 and shapes.dtype == np.int32
+    np.testing.assert_array_equal(shapes, [[41, 60], [30, 70]])
+    for image, slot in zip(images, padded):
+        height, width = image.shape[:2]
+        np.testing.assert_array_equal(slot[:height, :width], image)
+        assert slot.sum() == image.sum()
+
+
+def test_polygons_drawn_in_part_equal_polygons_drawn_in_full():
+    rng = np.random.default_rng(0)
+    height, width = 83, 101
+    view = data.View(height, width, 1.0, 1.0, False)
+    wrong = []
+    for _ in range(300):
+        # Whole numbers, so that shifting them is exact. Many reach outside.
+        polygons = [rng.integers(0, 50, (5, 2)) + rng.integers(-40, 90, 2) for _ in range(2)]
+        mask = boxes.segmentation_to_mask(polygons, height, width)
+        packed = view.draw_masks([polygons])[0]
+        assert packed.shape == (height, 13)
+        wrong.append((unpack(packed, width) != mask).sum())
+    # pycocotools rounds where an edge passes exactly between two pixels, one way or the other.
+    assert max(wrong) <= 2 and sum(wrong) <= 5
+
+
+def test_masks_come_without_polygons_too():
+    view = data.View(10, 13, 1.0, 1.0, False)
+    assert view.draw_masks([None, []]).shape == (2, 10, 2)
+    assert not view.draw_masks([None, []]).any()
+    assert view.draw_masks([]).shape == (0, 10, 2)
+
+
+# ------------------------------------------------------------------------------------------------- training examples
+
+
+def seen_twice(record, **changes):
+    """The same image as it is and mirrored: two positions of its stream, told apart by the painted picture."""
+    maker = data.ExampleMaker(**{"short_edge": 75, "max_size": 400, "with_masks": True, "seed": 0, **changes})
+    examples = {}
+    for position in range(50):
+        example = maker(data.TrainingTask(record, position))
+        # The background grows brighter to the right.
+        examples[bool(example["image"][0, 0, 2] > example["image"][0, -1, 2])] = example
+    assert set(examples) == {True, False}
+    return examples[False], examples[True]
+
+
+def test_boxes_and_masks_follow_the_painted_objects(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW])
+    for example, mirrored in zip(seen_twice(record), (False, True)):
+        assert example["image"].shape == (75, 113, 3)  # 112.5 rounds up: the two factors differ
+        masks = unpack(example["gt_masks"], 113)
+        for index, mask in enumerate(masks):
+            painted = example["image"][..., index] > 150
+            assert mask_iou(mask, painted) > 0.94
+            np.testing.assert_allclose(example["gt_boxes"][index], tight_box(painted), atol=1.5)
+        expected = np.array(TRIANGLE, float) * [113 / 90, 75 / 60]
+        expected[:, 0] = 113 - expected[:, 0] if mirrored else expected[:, 0]
+        np.testing.assert_allclose(
+            example["gt_boxes"][0], np.concatenate([expected.min(axis=0), expected.max(axis=0)]), rtol=1e-5
+        )
+        assert example["gt_boxes"].dtype == np.float32
+        np.testing.assert_array_equal(example["gt_labels"], [1, 2])
+
+
+def test_mirrored_example_is_the_mirror_image(tmp_path):
+    plain, mirrored = seen_twice(make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW]))
+    np.testing.assert_allclose(mirrored["image"].astype(int), plain["image"][:, ::-1], atol=1)
+    for mask, expected in zip(unpack(mirrored["gt_masks"], 113), unpack(plain["gt_masks"], 113)[..., ::-1]):
+        assert mask_iou(mask, expected) > 0.95
+    np.testing.assert_allclose(mirrored["gt_boxes"][:, [2, 0]], 113 - plain["gt_boxes"][:, [0, 2]], rtol=1e-5)
+
+
+def test_run_length_encoded_masks_equal_polygons(tmp_path):
+    rles = [boxes.encode_rle(boxes.segmentation_to_mask([np.array(p)], 60, 90)) for p in (TRIANGLE, ARROW)]
+    polygons = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW])
+    encoded = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW], segmentations=rles)
+    for a, b in zip(seen_twice(polygons), seen_twice(encoded)):
+        for mask_a, mask_b in zip(unpack(a["gt_masks"], 113), unpack(b["gt_masks"], 113)):
+            assert mask_iou(mask_a, mask_b) > 0.94
+
+
+def test_half_of_the_images_are_mirrored(tmp_path):
+    record = make_record(tmp_path, 1, 40, 60)
+    images = [batch["image"][0] for batch in take(stream([record]), 400)]
+    mirrored = sum(int(image[0, 0, 0]) > int(image[0, 80, 0]) for image in images)
+    assert 160 < mirrored < 240  # four standard deviations
+
+
+@pytest.mark.parametrize(
+    ("short_edge", "expected"),
+    [(64, {64}), ([64], {64}), ((60, 64), {60, 61, 62, 63, 64}), ((40, 50, 70), {40, 50, 70})],
+)
+def test_short_edges_are_one_size_or_a_range_or_choices(records, short_edge, expected):
+    batches = take(stream(records[:1], short_edge=short_edge, max_size=500), 80)
+    counts = Counter(int(batch["image_shape"].min()) for batch in batches)
+    assert set(counts) == expected
+    assert min(counts.values()) > 80 / len(expected) / 4
+
+
+def test_crowd_regions_stay_as_boxes_without_a_mask(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW], crowd=[0])
+    (batch,) = take(stream([record]), 1)
+    np.testing.assert_array_equal(batch["gt_labels"], [[-1, 2]])
+    assert batch["gt_boxes"][0, 0].any()
+    assert not batch["gt_masks"][0, 0].any() and batch["gt_masks"][0, 1].any()
+
+
+def test_objects_that_vanish_when_resized_are_left_out(tmp_path):
+    speck = [[10, 10], [13, 10], [13, 13]]
+    record = make_record(tmp_path, 1, 600, 900, [speck, [[0, 0], [400, 0], [400, 500]]])
+    (batch,) = take(stream([record], short_edge=60), 1)
+    np.testing.assert_array_equal(batch["gt_labels"], [[2]])
+    (batch,) = take(stream([record], short_edge=600, max_size=2000), 1)
+    np.testing.assert_array_equal(batch["gt_labels"], [[1, 2]])
+
+
+def test_an_image_without_objects_has_one_row_of_padding(tmp_path):
+    (batch,) = take(stream([make_record(tmp_path, 1, 40, 60)]), 1)
+    assert batch["gt_boxes"].shape == (1, 1, 4) and not batch["gt_boxes"].any()
+    assert batch["gt_labels"].tolist() == [[0]]
+    assert batch["gt_masks"].shape == (1, 1, 64, 12) and not batch["gt_masks"].any()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 200), (200, 1), (1, 1)])
+def test_lines_and_single_pixels(tmp_path, height, width):
+    record = make_record(tmp_path, 1, height, width, [[[0, 0], [width, 0], [width, height], [0, height]]])
+    (batch,) = take(stream([record], with_masks=False), 1)
+    assert batch["image_shape"].min() >= 32
+    np.testing.assert_allclose(batch["gt_boxes"][0, 0, 2:], batch["image_shape"][0, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width", "said"), [(60, 91, "91 x 60"), (90, 60, "60 x 90.*EXIF")])
+def test_an_image_of_another_size_than_its_record_is_refused(tmp_path, height, width, said):
+    good = make_record(tmp_path, 1, 60, 90)
+    bad = Record(1, good.path, height, width, good.boxes_xyxy, good.labels, good.is_crowd, good.segmentations)
+    with pytest.raises(data.ImageError, match=rf"1\.png: the image is 90 x 60 pixels, but .* {said}"):
+        next(iter(stream([bad])))
+    with pytest.raises(data.ImageError, match=r"1\.png"):
+        next(iter(data.EvaluationData([bad], **EVALUATION)))
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def test_a_batch_is_its_examples_padded(tmp_path):
+    wide = [make_record(tmp_path, 1, 60, 90, [TRIANGLE]), make_record(tmp_path, 2, 45, 90, [TRIANGLE, ARROW])]
+    tasks = [data.TrainingTask(record, position) for position, record in enumerate(wide, 5)]
+    maker = data.ExampleMaker(short_edge=45, max_size=200, with_masks=True, seed=3)
+    # 45 x 68 and 45 x 90: one packs into 9 bytes, the other into 12.
+    for multiple, height, width in ((32, 64, 96), (1, 45, 90)):
+        examples = [maker(task) for task in tasks]
+        batch = data.collate(examples, multiple=multiple)
+        types = {name: (array.dtype.name, array.shape) for name, array in batch.items()}
+        assert types == {
+            "image": ("uint8", (2, height, width, 3)),
+            "image_shape": ("int32", (2, 2)),
+            "gt_boxes": ("float32", (2, 2, 4)),
+            "gt_labels": ("int64", (2, 2)),
+            "gt_masks": ("uint8", (2, 2, height, 12)),
+            "image_id": ("int64", (2,)),
+            "sample_key": ("int32", (2, 2)),
+        }
+        np.testing.assert_array_equal(batch["image_shape"], [[45, 68], [45, 90]])
+        np.testing.assert_array_equal(batch["gt_labels"], [[1, 0], [1, 2]])
+        np.testing.assert_array_equal(batch["sample_key"], [[3, 5], [3, 6]])
+        np.testing.assert_array_equal(batch["image_id"], [1, 2])
+        masks = unpack(batch["gt_masks"], width)
+        for slot, example in enumerate(examples):
+            image = example["image"]
+            np.testing.assert_array_equal(batch["image"][slot, :45, : image.shape[1]], image)
+            for index, mask in enumerate(unpack(example["gt_masks"], image.shape[1])):
+                np.testing.assert_array_equal(masks[slot, index, :45, : image.shape[1]], mask)
+        assert masks.sum() == sum(np.unpackbits(example["gt_masks"]).sum() for example in examples)
+        assert not batch["gt_boxes"][0, 1].any() and not masks[0, 1].any()
+
+
+def test_masks_are_absent_when_not_wanted(records):
+    (batch,) = take(stream(records, with_masks=False), 1)
+    assert "gt_masks" not in batch
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def planned(records, count, **changes):
+    return list(itertools.islice(stream(records, **changes).plan(), count))
+
+
+def test_every_epoch_visits_every_image_once_in_an_order_of_its_own(records):
+    order = [index for ((_, index),) in planned(records, 70)]
+    epochs = [tuple(order[start : start + 7]) for start in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(epochs)) > 5
+    assert order != [index for ((_, index),) in planned(records, 70, seed=8)]
+    assert [position for ((position, _),) in planned(records, 70)] == list(range(70))
+
+
+@pytest.mark.parametrize("num_shards", [2, 3, 10])
+def test_shards_share_out_the_positions(records, num_shards):
+    whole = dict(itertools.chain(*planned(records, 60)))
+    shards = [planned(records, 60 // num_shards, shard_index=i, num_shards=num_shards) for i in range(num_shards)]
+    parts = [dict(itertools.chain(*batches)) for batches in shards]
+    assert {position: index for part in parts for position, index in part.items()} == whole
+    assert sum(map(len, parts)) == len(whole)
+
+
+def test_batches_are_wide_or_tall_and_nothing_is_lost(records):
+    batches = planned(records, 200, batch_size=3)
+    assert all(len(batch) == 3 for batch in batches)
+    for batch in batches:
+        assert len({records[index].width >= records[index].height for _, index in batch}) == 1
+    positions = [position for batch in batches for position, _ in batch]
+    assert len(positions) == len(set(positions))
+    # Of the kind that did not make the last batch, two may be waiting.
+    assert len(set(range(max(positions))) - set(positions)) <= 2
+    assert {records[index].width < records[index].height for batch in batches for _, index in batch} == {True, False}
+
+
+def test_start_passes_over_batches(records):
+    whole = take(stream(records, batch_size=2), 12)
+    assert fingerprint(take(stream(records, batch_size=2, start=5), 7)) == fingerprint(whole[5:])
+
+
+def test_an_image_keeps_its_randomness_in_any_batch_and_shard(records):
+    """Same position, same example: whatever the batch size and number of shards."""
+    settings = {"short_edge": (50, 80)}
+    single = {int(b["sample_key"][0, 1]): b for b in take(stream(records, **settings), 30)}
+    for batch in take(stream(records, batch_size=2, num_shards=2, shard_index=1, **settings), 5):
+        for slot, (_, position) in enumerate(batch["sample_key"].tolist()):
+            alone = single[position]
+            height, width = alone["image_shape"][0]
+            np.testing.assert_array_equal(batch["image_shape"][slot], [height, width])
+            np.testing.assert_array_equal(batch["image"][slot, :height, :width], alone["image"][0, :height, :width])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_one_image_is_enough(records, batch_size):
+    batches = take(stream(records[:1], batch_size=batch_size), 3)
+    assert all(batch["image_id"].tolist() == [11] * batch_size for batch in batches)
+    assert len(set(np.concatenate([batch["sample_key"][:, 1] for batch in batches]).tolist())) == 3 * batch_size
+
+
+def test_no_image_at_all_is_an_error():
+    with pytest.raises(data.DataError, match="no images"):
+        stream([])
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.slow
+def test_batches_do_not_depend_on_the_number_of_workers(records):
+    before = children()
+    runs = [fingerprint(take(stream(records, batch_size=2, short_edge=(50, 90), num_workers=n), 15)) for n in (0, 1, 3)]
+    assert len(set(runs)) == 1
+    assert fingerprint(take(stream(records, batch_size=2, short_edge=(50, 90), seed=8), 15)) != runs[0]
+    assert children() == before
+
+
+def test_an_unreadable_image_ends_the_stream_by_name(records, tmp_path):
+    good = make_record(tmp_path, 1, 40, 60)
+    Path(good.path).write_bytes(b"no longer an image")
+    with pytest.raises(data.ImageError, match=r"1\.png: not readable"):
+        next(iter(stream([good])))
+
+
+def numbers_but_13(task):
+    if task == 13:
+        raise ValueError("unlucky\nnumber")
+    return task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_failure_travels_with_its_task_and_traceback(caplog, num_workers):
+    results = data.OrderedMap(numbers_but_13, itertools.count(5), num_workers=num_workers)
+    assert next(results) == 5
+    with caplog.at_level(logging.ERROR), pytest.raises(data.DataError, match="^13: ValueError: unlucky number$"):
+        for _ in results:
+            pass
+    assert "numbers_but_13" in caplog.text and "Traceback" in caplog.text
+    assert not children()
+    with pytest.raises(data.DataError, match="closed"):
+        next(results)
+
+
+def megabytes(task):
+    return os.getpid(), np.full(2**24, task, np.uint8)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_sends_is_noticed():
+    results = data.OrderedMap(megabytes, itertools.count(), num_workers=1)
+    pid, _ = next(results)
+    # The next result has begun to arrive and does not fit into the pipe: as nobody reads, it is in the middle of sending.
+    wait_until(lambda: wait(results._busy, 0))
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(data.DataError, match=r"a data worker was killed \(SIGKILL: out of memory\?\) .* 1$"):
+        next(results)
+    assert not children()
+
+
+def stuck_after_4(task):
+    if task >= 4:
+        time.sleep(1e6)
+    return os.getpid()
+
+
+@pytest.mark.slow
+def test_close_from_another_thread_ends_a_stuck_stream():
+    results = data.OrderedMap(stuck_after_4, itertools.count(), num_workers=2)
+    pids = {next(results) for _ in range(4)}
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)  # Workers outlive it: the parent may want to finish its step.
+    raised = []
+
+    def consume():
+        try:
+            next(results)
+        except data.DataError as error:
+            raised.append(str(error))
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(0.5)
+    assert consumer.is_alive() and len(children()) == 2
+    results.close()
+    consumer.join(PATIENCE)
+    assert raised == ["the stream of training data has been closed"]
+    assert not children()
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_stream(records):
+    batches = iter(stream(records, num_workers=2))
+    next(batches)
+    assert len(children()) == 2
+    del batches
+    gc.collect()
+    assert not children()
+    never_used = stream(records, num_workers=1)
+    iter(never_used)
+    assert len(children()) == 1
+    never_used.close()
+    assert not children()
+
+
+PROGRAM = """
+    import itertools, os, sys, threading, time
+    sys.path[:0] = {paths!r}
+    import data, test_data
+
+    def consume(results):
+        for pid in results:
+            print(pid, flush=True)
+
+    if __name__ == "__main__":
+        results = data.OrderedMap(test_data.stuck_after_4, itertools.count(), num_workers=2)
+        consumer = threading.Thread(target=consume, args=(results,), daemon=True)
+        consumer.start()
+        time.sleep({lifetime})
+"""
+
+
+def start_program(tmp_path, lifetime):
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(PROGRAM).format(paths=[str(ROOT), str(ROOT / "tests")], lifetime=lifetime))
+    program = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return program, [int(program.stdout.readline()) for _ in range(4)]
+
+
+@pytest.mark.slow
+def test_stuck_workers_do_not_hold_up_the_end_of_the_program(tmp_path):
+    program, pids = start_program(tmp_path, lifetime=2)
+    assert program.wait(PATIENCE) == 0
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.slow
+def test_stuck_workers_end_when_the_parent_is_killed(tmp_path):
+    program, pids = start_program(tmp_path, lifetime=1e6)
+    program.kill()
+    program.wait(PATIENCE)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+@pytest.mark.slow
+def test_importing_data_imports_no_framework():
+    heavy = "{'tensorflow', 'tensorpack', 'keras', 'torch', 'horovod'}"
+    code = f"import sys, data; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_evaluation_visits_every_image_once(records, num_threads):
+    seen = []
+    for group, batch in data.EvaluationData(records, **EVALUATION, num_threads=num_threads):
+        assert set(batch) == {"image", "image_shape"} and len(group) == len(batch["image"]) <= 2
+        for record, image, (height, width) in zip(group, batch["image"], batch["image_shape"]):
+            seen.append(record.image_id)
+            expected = data.resized_shape(record.height, record.width, short_edge=64, max_size=128)
+            assert (height, width) == expected
+            resized = cv2.resize(cv2.imread(record.path), (width, height), interpolation=cv2.INTER_LINEAR)
+            np.testing.assert_array_equal(image[:height, :width], resized)
+            # So that a result does not depend on the images beside it.
+            assert image.shape[:2] == (-(-height // 32) * 32, -(-width // 32) * 32)
+            assert image.sum() == resized.sum()
+    assert sorted(seen) == [record.image_id for record in records]
+
+
+def test_evaluation_order_is_fixed_and_batches_are_full_where_they_can_be(records):
+    groups = [[record.image_id for record in group] for group, _ in data.EvaluationData(records, **EVALUATION)]
+    threaded = data.EvaluationData(records, **EVALUATION, num_threads=3)
+    assert [[record.image_id for record in group] for group, _ in threaded] == groups
+    # Padded: 11, 12 and 17 (64 x 90) to 64 x 96, 13 to 96 x 64, 14 to 64 x 64, 15 (61 x 128) to 64 x 128, 16 the reverse.
+    assert sorted(groups) == [[11, 12], [13], [14], [15], [16], [17]]
+
+
+def test_evaluation_may_stop_early_and_raises_what_threads_raise(records, tmp_path):
+    threads = threading.active_count()
+    results = iter(data.EvaluationData(records, **EVALUATION, num_threads=2))
+    next(results)
+    results.close()
+    assert threading.active_count() == threads
+    bad = make_record(tmp_path, 1, 60, 90)
+    os.remove(bad.path)
+    with pytest.raises(data.ImageError, match=r"1\.png"):
+        list(data.EvaluationData([*records, bad], **EVALUATION, num_threads=2))
+    assert list(data.EvaluationData([], **EVALUATION)) == []
+
+
+# ---------------------------------------------------------------------------------------- configuration and real data
+
+
+@pytest.fixture
+def config(monkeypatch):
+    config = Config()
+    monkeypatch.setattr(data, "config", config)
+    return config
+
+
+def test_settings_come_from_the_configuration(config, records):
+    config.update(["PREPROC.TRAIN_SHORT_EDGE_SIZE=40", "PREPROC.TEST_SHORT_EDGE_SIZE=50", "PREPROC.MAX_SIZE=70"])
+    config.update(["TRAIN.BATCH_SIZE_PER_GPU=2", "TEST.BATCH_SIZE_PER_GPU=3", "DATA.NUM_WORKERS=0", "TRAIN.SEED=5"])
+    config.update(["MODE_MASK=False", "MODE_FPN=False"])
+    (batch,) = take(data.training_data(records[:1]), 1)
+    assert batch["image"].shape == (2, 40, 60, 3) and "gt_masks" not in batch
+    assert batch["sample_key"].tolist() == [[5, 0], [5, 1]]
+    ((_, batch),) = data.evaluation_data(records[:2])
+    assert batch["image"].shape == (2, 47, 70, 3)
+    config.update(["MODE_FPN=True", "MODE_MASK=True"])
+    (batch,) = take(data.training_data(records[:1], start=1, shard_index=1, num_shards=2), 1)
+    assert batch["image"].shape == (2, 64, 64, 3) and batch["gt_masks"].shape == (2, 2, 64, 8)
+    assert batch["sample_key"].tolist() == [[5, 5], [5, 7]]
+    # 70 is rounded up to 96.
+    ((_, batch),) = data.evaluation_data(records[:2])
+    assert batch["image_shape"].tolist() == [[50, 75], [50, 75]]
+
+
+def test_coco_for_training(coco_tiny):
+    records = get_dataset("coco_train2017", coco_tiny).records(training=True)
+    batches = take(stream(records, batch_size=2, short_edge=(160, 200), max_size=320), 60)
+    overlaps = []
+    for batch in batches:
+        masks = unpack(batch["gt_masks"], batch["image"].shape[2])
+        assert batch["image"].shape[1] % 32 == batch["image"].shape[2] % 32 == 0
+        for slot, (height, width) in enumerate(batch["image_shape"]):
+            real = batch["gt_boxes"][slot][batch["gt_labels"][slot] != 0]
+            assert (real >= 0).all() and (real[:, 2:] <= [width, height]).all() and (boxes.area(real) > 1).all()
+            assert not masks[slot, :, height:].any() and not masks[slot, :, :, width:].any()
+        for index in np.argwhere(batch["gt_labels"] > 0):
+            mask, box = masks[tuple(index)], batch["gt_boxes"][tuple(index)]
+            if mask.sum() > 100:
+                overlaps.append(boxes.pairwise_iou([box], [tight_box(mask)])[0, 0])
+    assert len(overlaps) > 200 and np.mean(overlaps) > 0.9 and np.mean(np.array(overlaps) > 0.8) > 0.95
+    assert (np.concatenate([batch["gt_labels"].ravel() for batch in batches]) == -1).any()
+
+
+def test_coco_for_evaluation(coco_tiny):
+    records = get_dataset("coco_val2017", coco_tiny).records(training=False)
+    batches = list(data.EvaluationData(records, batch_size=4, short_edge=100, max_size=160, multiple=32, num_threads=2))
+    assert sorted(record.image_id for group, _ in batches for record in group) == sorted(r.image_id for r in records)
+    assert len(batches) < len(records) / 2

@@ -1,0 +1,334 @@
+"""The whole graph: equality with the reference's golden outputs, batches, images without objects, precision.
+
+The golden files come from the reference itself, on synthetic weights and images (tests/golden/synthetic.py).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from golden.synthetic import synthetic_image, synthetic_weights
+from tensorpack.compat import tfv1
+from tensorpack.tfutils.tower import TowerContext
+
+import checkpoint
+from config import Config
+from modeling import rcnn
+
+GOLDEN = Path(__file__).parent / "golden"
+EVERY_RUN = ["R50-FPN-mask", "R50-FPN-Cascade-mask", "R50-C4-mask"]
+LONG = sorted({p.name.removesuffix("-infer.npz") for p in GOLDEN.glob("*-infer.npz")} - set(EVERY_RUN))
+RECIPES = EVERY_RUN + [pytest.param(recipe, marks=pytest.mark.long) for recipe in LONG]
+
+SMALL = [
+    "MODE_FPN=True",
+    "BACKBONE.WIDTH=8",
+    "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]",
+    "FPN.NUM_CHANNEL=16",
+    "FPN.FRCNN_FC_HEAD_DIM=32",
+    "MRCNN.HEAD_DIM=16",
+    "RPN.ANCHOR_SIZES=[16,32,64,128,256]",
+    "RPN.TRAIN_PER_LEVEL_NMS_TOPK=60",
+    "RPN.TEST_PER_LEVEL_NMS_TOPK=60",
+    "RPN.BATCH_PER_IM=64",
+    "FRCNN.BATCH_PER_IM=32",
+    "TEST.RESULT_SCORE_THRESH=0.01",
+]
+
+
+@pytest.fixture
+def configure(monkeypatch):
+    """Makes the model read a configuration of the test's own."""
+
+    def set_config(*overrides, num_category=80):
+        fresh = Config()
+        fresh.update(overrides)
+        fresh.DATA.NUM_CATEGORY = num_category
+        fresh.freeze()
+        monkeypatch.setattr(rcnn, "config", fresh)
+        return fresh
+
+    return set_config
+
+
+def pad(images, multiple):
+    """uint8 images -> the batch's image and image_shape."""
+    shapes = np.array([image.shape[:2] for image in images], np.int32)
+    height, width = (-(-shapes.max(axis=0) // multiple) * multiple).tolist()
+    batch = np.zeros((len(images), height, width, 3), np.uint8)
+    for slot, image in zip(batch, images):
+        slot[: image.shape[0], : image.shape[1]] = image
+    return batch, shapes
+
+
+def training_batch(specs, *, multiple, with_masks=True, num_gt=None):
+    """A batch of synthetic images: dict by name, as in rcnn.input_signature."""
+    examples = [synthetic_image(*spec) for spec in specs]
+    image, image_shape = pad([example[0] for example in examples], multiple)
+    count = num_gt or max(len(example[1]) for example in examples)
+    batch = {
+        "image": image,
+        "image_shape": image_shape,
+        "gt_boxes": np.zeros((len(specs), count, 4), np.float32),
+        "gt_labels": np.zeros((len(specs), count), np.int64),
+        "image_id": np.arange(len(specs)),
+        "sample_key": np.array([[0, spec[3]] for spec in specs], np.int32),
+    }
+    masks = np.zeros((len(specs), count, *image.shape[1:3]), np.uint8)
+    for i, (_, boxes, labels, gt_masks) in enumerate(examples):
+        batch["gt_boxes"][i, : len(boxes)] = boxes
+        batch["gt_labels"][i, : len(labels)] = labels
+        masks[i, : len(boxes), : gt_masks.shape[1], : gt_masks.shape[2]] = gt_masks
+    if with_masks:
+        batch["gt_masks"] = np.packbits(masks, axis=-1)
+    return batch
+
+
+def load_synthetic(session):
+    """Give every model variable its synthetic value; returns {name: shape}."""
+    variables = checkpoint.model_variables()
+    values = synthetic_weights({name: variable.shape for name, variable in variables.items()})
+    for name, variable in variables.items():
+        variable.load(values[name], session)
+    return {name: tuple(variable.shape) for name, variable in variables.items()}
+
+
+class TrainingGraph:
+    """The training graph with synthetic weights: losses and gradient norms by name."""
+
+    def __init__(self):
+        self._inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=True)}
+        with TowerContext("", is_training=True):
+            cost = rcnn.RCNN(learning_rate=0.01).build_graph(*self._inputs.values())
+        losses = tfv1.get_collection(tfv1.GraphKeys.LOSSES)
+        self.losses = {loss.op.name: loss for loss in losses} | {"total_cost": cost}
+        variables = tfv1.trainable_variables()
+        self.gradients = dict(zip((v.op.name for v in variables), tf.gradients(cost, variables)))
+        self._norms = {name: tf.norm(gradient) for name, gradient in self.gradients.items() if gradient is not None}
+        self._session = tfv1.Session(config=rcnn.session_config())
+        self._session.run(tfv1.global_variables_initializer())
+        self.shapes = load_synthetic(self._session)
+        self.trainable = set(self.gradients)
+
+    def run(self, batch):
+        feed = {self._inputs[name]: value for name, value in batch.items()}
+        return self._session.run((self.losses, self._norms), feed)
+
+
+class InferenceGraph:
+    """The inference graph with synthetic weights."""
+
+    def __init__(self, monkeypatch):
+        propose, made = rcnn._propose, []
+
+        def spy(*args, **kwargs):
+            made.append(propose(*args, **kwargs))
+            return made[-1]
+
+        monkeypatch.setattr(rcnn, "_propose", spy)
+        inference = rcnn.Inference()
+        self._session = tfv1.Session(config=rcnn.session_config())
+        self.shapes = load_synthetic(self._session)
+        self.predict = inference.bind(self._session)
+        self._proposals, self._inputs = made[0], inference._inputs
+
+    def proposals(self, image, image_shape):
+        return self._session.run(self._proposals, dict(zip(self._inputs, (image, image_shape))))
+
+
+def share_matched(found, expected, *, tolerance):
+    """Share of the expected (boxes, scores, labels) that have a found one of the same label, box and score."""
+    hits = 0
+    for box, score, label in zip(*expected):
+        close = (np.abs(found[0] - box).max(axis=1) < 0.05) & (np.abs(found[1] - score) < tolerance)
+        hits += (close & (found[2] == label)).any()
+    return hits / len(expected[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_inference_equals_the_reference(recipe, configure, monkeypatch):
+    golden = np.load(GOLDEN / f"{recipe}-infer.npz", allow_pickle=False)
+    settings = configure(*golden["overrides"].tolist())
+    with tf.Graph().as_default():
+        graph = InferenceGraph(monkeypatch)
+        for k in ("image0", "image1"):
+            image = synthetic_image(*golden[k])[0]
+            inputs = pad([image], 32 if settings.MODE_FPN else 1)
+            proposals = graph.proposals(*inputs)
+            no_labels = np.zeros(len(proposals.boxes[0]))
+            expected = golden[f"{k}/proposal_boxes"], golden[f"{k}/proposal_logits"], np.zeros(100)
+            found = proposals.boxes[0], proposals.logits[0], no_labels
+            assert share_matched(found, expected, tolerance=1e-3) >= 0.99
+            boxes, scores, labels = (golden[f"{k}/{name}"] for name in ("boxes", "scores", "labels"))
+            kept = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+            detections = graph.predict(*inputs)
+            found = detections.boxes, detections.scores, detections.labels
+            assert share_matched(found, (boxes[kept], scores[kept], labels[kept]), tolerance=1e-3) >= 0.98
+            if settings.MODE_MASK:
+                check_masks(detections, boxes, labels, golden[f"{k}/masks_top10"])
+
+
+def check_masks(detections, boxes, labels, masks):
+    compared = 0
+    for box, label, mask in zip(boxes, labels, masks.astype(np.float32)):
+        same = (np.abs(detections.boxes - box).max(axis=1) < 0.05) & (detections.labels == label)
+        for i in np.flatnonzero(same)[:1]:
+            np.testing.assert_allclose(detections.masks[i], mask, atol=2e-3)
+            compared += 1
+    assert compared >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_training_equals_the_reference(recipe, configure):
+    golden = np.load(GOLDEN / f"{recipe}-train.npz", allow_pickle=False)
+    settings = configure(*golden["overrides"].tolist())
+    with tf.Graph().as_default():
+        graph = TrainingGraph()
+        for k in ("image0", "image1"):
+            spec = golden[k].tolist()
+            batch = training_batch([spec], multiple=32 if settings.MODE_FPN else 1, with_masks=settings.MODE_MASK)
+            losses, norms = graph.run(batch)
+            expected = dict(zip(golden[f"{k}/loss_names"].tolist(), golden[f"{k}/loss_values"]))
+            assert losses.keys() == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_allclose(losses[name], value, rtol=1e-4, err_msg=name)
+            expected = dict(zip(golden[f"{k}/grad_names"].tolist(), golden[f"{k}/grad_norms"]))
+            assert graph.trainable == expected.keys()
+            for name, value in expected.items():
+                np.testing.assert_allclose(norms.get(name, 0.0), value, rtol=1e-2, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in sorted((GOLDEN / "variables").glob("*.json"))])
+def test_variables_are_the_published_ones(recipe, configure):
+    expected = json.loads((GOLDEN / "variables" / f"{recipe}.json").read_text())
+    recipes = json.loads((GOLDEN / "recipes.json").read_text())
+    configure(*recipes[recipe])
+    with tf.Graph().as_default():
+        inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=True)}
+        with TowerContext("", is_training=True):
+            rcnn.build_training(**inputs)
+        trainable = {v.op.name for v in tfv1.trainable_variables()}
+        found = {
+            v.op.name: {"shape": v.shape.as_list(), "trainable": v.op.name in trainable} for v in tfv1.global_variables()
+        }
+    assert found == expected
+
+
+@pytest.mark.parametrize("overrides", [["FPN.CASCADE=True"], ["MODE_FPN=False"], ["BACKBONE.NORM=GN", "FPN.NORM=GN"]])
+def test_a_batch_loses_the_mean_of_its_images(overrides, configure):
+    """Random samples included: the picks belong to the image, not to the batch that it is in."""
+    configure(*SMALL, *overrides)
+    specs = [[96, 128, 3, 1], [96, 128, 5, 2]]
+    with tf.Graph().as_default():
+        graph = TrainingGraph()
+        together, _ = graph.run(training_batch(specs, multiple=32))
+        alone = [graph.run(training_batch([spec], multiple=32))[0] for spec in specs]
+    for name, value in together.items():
+        np.testing.assert_allclose(value, np.mean([losses[name] for losses in alone]), rtol=1e-5, err_msg=name)
+
+
+def test_padded_ground_truth_changes_nothing(configure):
+    configure(*SMALL)
+    with tf.Graph().as_default():
+        graph = TrainingGraph()
+        few, _ = graph.run(training_batch([[96, 128, 3, 1]], multiple=32))
+        more, _ = graph.run(training_batch([[96, 128, 3, 1]], multiple=32, num_gt=9))
+    for name, value in few.items():
+        np.testing.assert_allclose(more[name], value, rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("overrides", [[], ["FPN.CASCADE=True"], ["MODE_FPN=False"]])
+def test_images_without_objects_train(overrides, configure):
+    configure(*SMALL, *overrides)
+    batch = training_batch([[96, 128, 3, 1], [96, 128, 5, 2]], multiple=32)
+    batch["gt_labels"][:] = 0
+    batch["gt_boxes"][:] = 0
+    with tf.Graph().as_default():
+        graph = TrainingGraph()
+        losses, norms = graph.run(batch)
+    for name, value in losses.items():
+        assert np.isfinite(value), name
+        if "box_loss" in name or "mask" in name:
+            assert value == 0, name
+    for name, value in norms.items():
+        assert np.isfinite(value), name
+
+
+def as_rows(detections, image):
+    """(boxes, scores, labels) of one image of the batch, and its masks."""
+    rows = detections.image_index == image
+    return (detections.boxes[rows], detections.scores[rows], detections.labels[rows]), detections.masks[rows]
+
+
+@pytest.mark.parametrize("overrides", [[], ["FPN.CASCADE=True"], ["MODE_FPN=False"]])
+def test_a_batch_is_predicted_as_its_images_alone(overrides, configure, monkeypatch):
+    """Images of one padded size, here of two sizes that are padded to the same."""
+    settings = configure(*SMALL, *overrides)
+    sizes = [(96, 128), (90, 125)] if settings.MODE_FPN else [(96, 128), (96, 128)]
+    images = [synthetic_image(*size, 4, seed)[0] for seed, size in enumerate(sizes)]
+    with tf.Graph().as_default():
+        graph = InferenceGraph(monkeypatch)
+        together = graph.predict(*pad(images, 32))
+        for i, image in enumerate(images):
+            alone, alone_masks = as_rows(graph.predict(*pad([image], 32)), 0)
+            found, masks = as_rows(together, i)
+            assert len(alone[0]) == len(found[0]) > 10
+            for one, other in zip(alone, found):
+                np.testing.assert_allclose(one, other, atol=1e-3)
+            np.testing.assert_allclose(alone_masks, masks, atol=1e-3)
+
+
+def test_nothing_detected(configure, monkeypatch):
+    configure(*SMALL, "TEST.RESULT_SCORE_THRESH=0.9999")
+    with tf.Graph().as_default():
+        found = InferenceGraph(monkeypatch).predict(*pad([synthetic_image(96, 128, 4, 0)[0]], 32))
+    assert found.boxes.shape == (0, 4)
+    assert found.masks.shape == (0, 28, 28)
+
+
+def test_padding_of_the_batch_has_no_anchors(configure, monkeypatch):
+    """A small image beside a large one: its proposals stay within it."""
+    configure(*SMALL)
+    images = [synthetic_image(64, 64, 2, 1)[0], synthetic_image(160, 192, 4, 2)[0]]
+    with tf.Graph().as_default():
+        proposals = InferenceGraph(monkeypatch).proposals(*pad(images, 32))
+    small = proposals.boxes[0][proposals.is_valid[0]]
+    assert len(small) > 10
+    assert small.max() <= 64
+    assert proposals.boxes[1].max() > 64
+
+
+def test_bfloat16_is_close_to_float32(configure, monkeypatch):
+    images = pad([synthetic_image(96, 128, 4, 0)[0]], 32)
+    boxes = []
+    for precision in ("float32", "bfloat16"):
+        configure(*SMALL, f"TEST.PRECISION={precision}")
+        with tf.Graph().as_default(), monkeypatch.context() as patch:
+            found = InferenceGraph(patch).predict(*images)
+        assert found.masks.dtype == found.boxes.dtype == np.float32
+        boxes.append(found.boxes[:5])
+    distance = np.abs(boxes[0][:, None] - boxes[1][None]).max(axis=2).min(axis=1)
+    assert np.median(distance) < 3.0
+    assert distance.max() > 0  # it was computed otherwise
+
+
+def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(configure):
+    configure(*SMALL, "FPN.CASCADE=True")
+    with tf.Graph().as_default() as graph:
+        assert all(gradient is not None for gradient in TrainingGraph().gradients.values())
+        kinds = {op.type for op in graph.get_operations()}
+    assert "CropAndResizeGradImage" in kinds
+    assert "CropAndResizeGradBoxes" not in kinds
+
+
+def test_frozen_batch_norm_leaves_no_batch_norm_op(configure):
+    configure("MODE_FPN=True")
+    with tf.Graph().as_default() as graph:
+        inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=True)}
+        with TowerContext("", is_training=True):
+            rcnn.RCNN(learning_rate=0.01).build_graph(*inputs.values())
+        assert not [op for op in graph.get_operations() if "BatchNorm" in op.type]

@@ -1,0 +1,175 @@
+"""The programs as they are used: train, evaluate, predict, in processes of their own, on a tiny model and generated data."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+
+from dataset import shapes
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = """
+    MODE_FPN=True BACKBONE.WIDTH=8 BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1] BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0
+    FPN.NUM_CHANNEL=16 FPN.NORM=GN FPN.FRCNN_FC_HEAD_DIM=32 MRCNN.HEAD_DIM=16
+    PREPROC.TRAIN_SHORT_EDGE_SIZE=64 PREPROC.TEST_SHORT_EDGE_SIZE=64 PREPROC.MAX_SIZE=96
+    RPN.ANCHOR_SIZES=[8,16,32,64,128] RPN.TRAIN_PER_LEVEL_NMS_TOPK=50 RPN.TEST_PER_LEVEL_NMS_TOPK=50
+    RPN.BATCH_PER_IM=32 FRCNN.BATCH_PER_IM=16 TRAIN.BATCH_SIZE_PER_GPU=2 DATA.NUM_WORKERS=1
+    TRAIN.WARMUP=2 TRAIN.LR_SCHEDULE=[3] TRAIN.STEPS_PER_EPOCH=6 TEST.BATCH_SIZE_PER_GPU=2
+    DATA.TRAIN=shapes_train DATA.VAL=shapes_val TEST.RESULT_SCORE_THRESH=0.01 TEST.RESULT_SCORE_THRESH_VIS=0.01
+""".split()
+
+
+def run(program, *arguments, timeout=300):
+    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def basedir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    shapes.generate(directory, train=10, val=4, size=64, seed=3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(basedir, tmp_path_factory):
+    """(directory, output) of a run of 12 steps."""
+    logdir = tmp_path_factory.mktemp("runs") / "first"
+    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}")
+    assert result.returncode == 0, result.stderr
+    return logdir, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+class TestTraining:
+    def test_says_where_and_how_it_trains(self, trained):
+        output = trained[1]
+        assert "Training on the CPU" in output
+        # 12 steps of 2 images: LR_SCHEDULE counts in steps of 8
+        assert "2 images per step, 4 steps per update (total batch 8); learning rate 0.01 after 2 steps" in output
+        assert "12 steps in 2 epochs of 6 steps = 2.4 passes over the data" in output
+
+    def test_shows_losses_and_times(self, trained):
+        assert all(f"{part}=" in trained[1] for part in ("cost", "data_s", "rpn", "fastrcnn", "maskrcnn", "wd"))
+        assert "Estimated Time Left" in trained[1]
+
+    def test_warns_of_nothing(self, trained):
+        assert " WRN " not in trained[1]
+        assert "Warning" not in trained[1]
+
+    def test_leaves_events_statistics_checkpoint_and_configuration(self, trained):
+        logdir = trained[0]
+        assert list(logdir.glob("events.out.tfevents.*"))
+        statistics = json.loads((logdir / "stats.json").read_text())
+        assert [row["global_step"] for row in statistics] == [6, 12]
+        assert np.isfinite([row["total_cost"] for row in statistics]).all()
+        assert "shapes_val-mAP(segm)/IoU=0.5" in statistics[-1]
+        assert (logdir / "model-12.index").exists()
+        saved = json.loads((logdir / "config.json").read_text())
+        assert saved["DATA"]["CLASS_NAMES"][0] == "BG"
+        assert len(saved["DATA"]["CLASS_NAMES"]) == saved["DATA"]["NUM_CATEGORY"] + 1 == 6
+
+    def test_never_touches_a_directory_that_is_not_empty(self, trained, basedir):
+        before = sorted(trained[0].iterdir())
+        result = run("train.py", "--logdir", trained[0], "--config", *SETTINGS, f"DATA.BASEDIR={basedir}")
+        assert result.returncode == 2
+        assert f"{trained[0]} exists already" in result.stderr
+        assert sorted(trained[0].iterdir()) == before
+
+    def test_fine_tunes_from_a_run(self, trained, basedir, tmp_path):
+        settings = [*SETTINGS, f"DATA.BASEDIR={basedir}", "TRAIN.LR_SCHEDULE=[1]", "TRAIN.EVAL_PERIOD=0"]
+        result = run("train.py", "--logdir", tmp_path / "run", "--load", trained[0], "--config", *settings)
+        assert result.returncode == 0, result.stderr
+        assert "model-12: 124 loaded, 0 mismatched, 0 absent, 0 unused" in result.stdout + result.stderr
+
+    def test_a_broken_image_ends_it_with_an_error(self, basedir, tmp_path):
+        shapes.generate(tmp_path, train=2, val=1, size=64, seed=4)
+        image = sorted((tmp_path / "shapes_train").iterdir())[0]
+        image.write_bytes(image.read_bytes()[:300])
+        result = run("train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}")
+        assert result.returncode == 4
+        assert result.stderr.strip().splitlines()[-1].startswith("train.py: ")
+        assert image.name in result.stderr.strip().splitlines()[-1]
+        assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.slow
+class TestPrediction:
+    def test_evaluates_with_the_settings_of_the_run(self, trained, tmp_path):
+        result = run("predict.py", "--evaluate", tmp_path / "out.json", "--load", trained[0])
+        assert result.returncode == 0, result.stderr
+        results = json.loads((tmp_path / "out.json").read_text())
+        assert {"image_id", "category_id", "bbox", "score", "segmentation"} == results[0].keys()
+        # The same weights, data and settings as the training's own evaluation.
+        by_training = json.loads((trained[0] / "shapes_val-12.json").read_text())
+        assert len(results) == len(by_training)
+        for one, other in zip(results, by_training):
+            np.testing.assert_allclose(one["bbox"], other["bbox"], atol=1e-2)
+        assert "box AP" in result.stdout + result.stderr
+        assert "mask AP" in result.stdout + result.stderr
+
+    def test_flags_win_over_the_settings_of_the_run(self, trained, tmp_path):
+        flags = ["--config", "TEST.RESULTS_PER_IM=1"]
+        result = run("predict.py", "--evaluate", tmp_path / "out.json", "--load", trained[0] / "model-12", *flags)
+        assert result.returncode == 0, result.stderr
+        assert len(json.loads((tmp_path / "out.json").read_text())) == 4
+
+    def test_draws_a_picture_of_each_image(self, trained, basedir, tmp_path):
+        images = sorted((basedir / "shapes_val").iterdir())[:2]
+        arguments = ["--predict", *images, "--load", trained[0], "--output", tmp_path, "--no-show"]
+        for _ in range(2):  # the second time beside the first one's pictures
+            result = run("predict.py", *arguments)
+            assert result.returncode == 0, result.stderr
+        pictures = sorted(tmp_path.iterdir())
+        assert len(pictures) == 4
+        assert all(cv2.imread(str(path)) is not None for path in pictures)
+
+    def test_a_bad_image_is_reported_and_the_rest_goes_on(self, trained, basedir, tmp_path):
+        good = sorted((basedir / "shapes_val").iterdir())[0]
+        bad = tmp_path / "bad.jpg"
+        bad.write_bytes(b"no image")
+        result = run("predict.py", "--predict", bad, good, "--load", trained[0], "--output", tmp_path / "o", "--no-show")
+        assert result.returncode == 1
+        assert str(bad) in result.stderr
+        assert len(list((tmp_path / "o").iterdir())) == 1
+
+    def test_a_model_of_another_configuration_is_refused(self, trained, basedir, tmp_path):
+        image = sorted((basedir / "shapes_val").iterdir())[0]
+        flags = ["--config", "FPN.CASCADE=True"]
+        result = run("predict.py", "--predict", image, "--load", trained[0], "--output", tmp_path / "o", *flags)
+        assert result.returncode == 5
+        assert "does not fit the model" in result.stderr
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["DATA.BASEDIR=/nowhere"], "/nowhere"),
+        (["TRAIN.BASELR=1"], "TRAIN.BASE_LR"),
+        (["TRAIN.BASE_LR=fast"], "TRAIN.BASE_LR"),
+        (["BACKBONE.WEIGHTS=/nowhere/R50.npz"], "/nowhere"),
+        (["DATA.VAL=coco_val2071"], "coco_val2017"),
+    ],
+)
+def test_mistakes_are_answered_at_once_and_write_nothing(settings, message, basedir, tmp_path):
+    logdir = tmp_path / "run"
+    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings, timeout=30)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train.py: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "tensorflow" not in result.stderr.lower()
+    assert not logdir.exists()
+
+
+def test_missing_json_is_named(basedir, tmp_path):
+    (tmp_path / "shapes_train").mkdir()
+    result = run("train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}", timeout=30)
+    assert result.returncode == 2
+    assert "instances_shapes_train.json" in result.stderr
