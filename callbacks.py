@@ -59,9 +59,9 @@ class Schedule(NamedTuple):
         return (
             f"{self.images_per_step} images per step, {self.accumulate} steps per update "
             f"(total batch {self.images_per_step * self.accumulate}); "
-            f"learning rate {self.learning_rate:g} after {self.warmup_steps} steps of warm-up from {self.warmup_from:g}, "
-            f"a tenth at steps: {decays}; {self.total_steps} steps in {self.epochs} epochs of {self.steps_per_epoch} steps "
-            f"= {self.passes:.1f} passes over the data"
+            f"learning rate {self.learning_rate:g} after {self.warmup_steps} steps of warm-up from "
+            f"{self.warmup_from:g}, a tenth at steps: {decays}; {self.total_steps} steps in {self.epochs} epochs of "
+            f"{self.steps_per_epoch} steps = {self.passes:.1f} passes over the data"
         )
 
 
@@ -174,7 +174,9 @@ class TimedQueueInput(QueueInput):
     """A short queue that measures how long a step waits for its batch (`data_time`, seconds)."""
 
     def __init__(self, batches, signature):
-        super().__init__(batches, queue=tfv1.FIFOQueue(QUEUE_SIZE, [spec.dtype for spec in signature], name="input_queue"))
+        super().__init__(
+            batches, queue=tfv1.FIFOQueue(QUEUE_SIZE, [spec.dtype for spec in signature], name="input_queue")
+        )
 
     def _get_input_tensors(self):
         with tf.device("/cpu:0"):
@@ -188,7 +190,7 @@ class TimedQueueInput(QueueInput):
 
 
 class Progress(ProgressBar):
-    """The bar of an epoch with its ETA: the losses of each part of the model, their sum, and seconds waited for data."""
+    """The bar of an epoch with its ETA: losses by part of the model, their sum, and the seconds waited for data."""
 
     def _before_train(self):
         losses = [x.op.name for x in tfv1.get_collection(tfv1.GraphKeys.LOSSES) if not x.op.name.startswith("tower")]

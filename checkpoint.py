@@ -126,7 +126,7 @@ def _read_tensorflow(path):
         reader = tf.train.load_checkpoint(str(path))
         names = [name for name in reader.get_variable_to_shape_map() if MODEL_VARIABLE.search(name)]
         return {name: reader.get_tensor(name) for name in names}
-    except (tf.errors.OpError, RuntimeError) as error:
+    except (tf.errors.OpError, RuntimeError, IndexError) as error:  # the reader's own errors have no common base
         raise OSError(str(error)) from error
 
 
@@ -164,7 +164,10 @@ def report(path, values, shapes, matched):
     """The match as lines to print: one of counts, and one per variable that was not simply loaded."""
     counts = ", ".join(f"{len(names)} {part}" for part, names in matched._asdict().items())
     lines = [f"{path}: {counts}"]
-    rows = [(name, f"shape {list(values[name].shape)} in the file, {list(shapes[name])} in the model") for name in matched.mismatched]
+    rows = [
+        (name, f"shape {list(values[name].shape)} in the file, {list(shapes[name])} in the model")
+        for name in matched.mismatched
+    ]
     rows += [(name, "absent in the file") for name in matched.absent]
     rows += [(name, "unused: not in the model") for name in matched.unused]
     width = max((len(name) for name, _ in rows[:20]), default=0)
@@ -203,7 +206,9 @@ def check_backbone(path, matched):
     """For BACKBONE.WEIGHTS: the whole backbone, and nothing left over but its classifier."""
     wrong = [name for name in matched.mismatched + matched.absent if BACKBONE.match(name)]
     if wrong:
-        raise CheckpointMismatch(f"BACKBONE.WEIGHTS {path}: {len(wrong)} backbone variables don't fit, first {wrong[0]}")
+        raise CheckpointMismatch(
+            f"BACKBONE.WEIGHTS {path}: {len(wrong)} backbone variables don't fit, first {wrong[0]}"
+        )
     left = [name for name in matched.unused if not CLASSIFIER.match(name)]
     if left:
         raise CheckpointMismatch(f"BACKBONE.WEIGHTS {path} holds {len(left)} variables too many, first {left[0]}")

@@ -387,8 +387,8 @@ RANGES = (
     (
         "0 or more",
         lambda x: 0 <= x < 2**31,
-        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE
-        RPN.CROWD_OVERLAP_THRESH""",
+        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR
+        RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH""",
     ),
     ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
     ("-1 (not known yet) or above 0", lambda x: x == -1 or 0 < x < 2**31, "DATA.NUM_CATEGORY"),

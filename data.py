@@ -56,7 +56,6 @@ MAX_EVALUATION_THREADS = 4
 _ORDER, _EXAMPLE = 0, 1
 
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class DataError(UserError):
@@ -184,14 +183,12 @@ def _load_record_image(record):
 
 
 def _is_cut_off(content):
-    """Whether the file is empty, or a JPEG or PNG without its end, of which OpenCV would return a half grey image.
+    """Whether the file is empty, or a JPEG without its end. Bytes after the end are allowed.
 
-    Bytes after the end are allowed.
+    OpenCV refuses other formats that are cut off, but of a JPEG some releases return a half grey image.
     """
-    if content.startswith(_JPEG_START):
-        # Not in the header: a thumbnail there has an end of its own.
-        return _JPEG_END not in content[_jpeg_scan(content) :]
-    return not content or (content.startswith(_PNG_START) and _PNG_END not in content)
+    # Not in the header: a thumbnail there has an end of its own.
+    return not content or (content.startswith(_JPEG_START) and _JPEG_END not in content[_jpeg_scan(content) :])
 
 
 def _jpeg_scan(content):

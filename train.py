@@ -149,7 +149,9 @@ def make_trainer():
     towers = config.TRAIN.NUM_GPUS or max(gpus, 1)
     if towers > max(gpus, 1):
         raise ConfigError(f"TRAIN.NUM_GPUS={towers}, but this machine has {gpus} GPUs that TensorFlow can use")
-    logger.info(f"Training on {towers} GPUs." if gpus else f"Training on the CPU, {os.cpu_count()} cores: no GPU found.")
+    logger.info(
+        f"Training on {towers} GPUs." if gpus else f"Training on the CPU, {os.cpu_count()} cores: no GPU found."
+    )
     if towers == 1:
         return SimpleTrainer(), 1, 0
     return SyncMultiGPUTrainerReplicated(towers, average=True), towers, 0

@@ -1,6 +1,7 @@
 """The second stage for boxes, Fast R-CNN (arXiv:1504.08083): RoIs and their targets, heads, losses, detections.
 
-Shapes: N images, P proposals, G ground truths, S RoI slots per image, R = N * S RoIs of all images, C classes, D channels.
+Shapes: N images, P proposals, G ground truths, S RoI slots per image, R = N * S RoIs of all images, C classes,
+D channels.
 labels: int64, 1..C, 0 = background. class_logits: before the softmax over C + 1, background first.
 deltas: see `box_ops`, times the box regression weights; one box per class (background included) or one for all.
 """

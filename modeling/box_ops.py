@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from .layers import shape_list
-
 NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
 NO_SCORE = float(tf.float32.min)  # the score of what is not a candidate
 
@@ -199,7 +197,7 @@ def roi_align(extended_features, boxes, image_index, *, resolution):
         float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
     """
     samples = 2 * resolution
-    _, height, width, _ = shape_list(extended_features)
+    height, width = tf.unstack(tf.shape(extended_features)[1:3])
     x1, y1, x2, y2 = tf.unstack(tf.stop_gradient(boxes) + 1.0, axis=-1)
     step_x, step_y = (x2 - x1) / samples, (y2 - y1) / samples
     first_x, first_y = x1 + step_x * 0.5 - 0.5, y1 + step_y * 0.5 - 0.5
@@ -215,9 +213,9 @@ def _mean_2x2(x):
     """Mean of each 2x2 window: [R, 2 H, 2 W, C] -> [R, H, W, C]. Its gradient is a broadcast, not AvgPoolGrad."""
 
     def gradient(dy):
-        r, height, width, channels = shape_list(dy)
-        spread = tf.broadcast_to(dy[:, :, None, :, None, :] * 0.25, [r, height, 2, width, 2, channels])
-        return tf.reshape(spread, [r, 2 * height, 2 * width, channels])
+        r, height, width, channels = tf.unstack(tf.shape(x))
+        spread = tf.broadcast_to(dy[:, :, None, :, None, :] * 0.25, [r, height // 2, 2, width // 2, 2, channels])
+        return tf.reshape(spread, [r, height, width, channels])
 
     return tf.nn.avg_pool2d(x, 2, 2, "VALID"), gradient
 
@@ -243,6 +241,6 @@ def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resol
 
 
 def roi_level(boxes, *, num_levels):
-    """floor(4 + log2(sqrt(area) / 224)) as an index into levels that start at 2: [R, 4] -> int32 [R] in 0..levels - 1."""
+    """The level floor(4 + log2(sqrt(area) / 224)) of each RoI, counted from 0: [R, 4] -> int32 [R] in 0..levels - 1."""
     octave = tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-6) / tf.math.log(2.0)
     return tf.cast(tf.clip_by_value(tf.floor(4.0 + octave), 2.0, num_levels + 1.0), tf.int32) - 2

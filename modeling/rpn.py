@@ -1,6 +1,6 @@
 """Region Proposal Network, arXiv:1506.01497, over a list of levels; C4 has one level, FPN five.
 
-Shapes: N images, H and W of a level's map, K anchors per cell, A = anchors of a level or of all levels, G ground truths.
+Shapes: N images, H and W of a level's map, K anchors per cell, A anchors of a level or of all levels, G ground truths.
 anchors: float32 [A, 4] x1 y1 x2 y2 in pixels of the padded image, the same for all images, ordered row, column, kind.
 labels of anchors: foreground, background, or neither (ignored). logits: objectness, before the sigmoid.
 deltas: see `box_ops`, with weights of 1.

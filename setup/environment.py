@@ -177,7 +177,7 @@ def main(groups):
         wheel_wanted = "horovod" in groups and (fault or not environment.is_current("horovod", wheel_digest))
         wheel_folder = horovod_wheel.wheel_folder(REQUIREMENTS, environment.kind, python)
         if wheel_wanted:
-            horovod_wheel.check_compiler(wheel_folder)
+            horovod_wheel.check_compiler(wheel_folder, environment.kind)
         if fault:
             print(f"Making the environment {environment.path} ({fault}) ...", flush=True)
             environment.create()

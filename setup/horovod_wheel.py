@@ -63,12 +63,23 @@ def cached_wheel(folder):
     return next(iter(sorted(folder.glob("horovod-*.whl"))), None)
 
 
-def check_compiler(folder):
-    """Asks setup/prerequisites for the compiler if the wheel of the cache folder will have to be built."""
-    if cached_wheel(folder) is None:
-        check = [Path(__file__).with_name("prerequisites"), "compiler"]
-        if subprocess.run(check, stdout=subprocess.DEVNULL).returncode:
-            raise SetupError("Horovod can't be built yet (`make demo` and `make test-fast` do without it)")
+def cuda_toolkit():
+    """Returns the folder of the CUDA toolkit that has the compiler nvcc, or None."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("HOROVOD_CUDA_HOME"), os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []
+    return next((Path(folder) for folder in candidates if folder and (Path(folder) / "bin" / "nvcc").exists()), None)
+
+
+def check_compiler(folder, kind):
+    """Checks, before anything is made, for the compilers if the wheel of the cache folder will have to be built."""
+    if cached_wheel(folder) is not None:
+        return
+    check = [Path(__file__).with_name("prerequisites"), "compiler"]
+    if subprocess.run(check, stdout=subprocess.DEVNULL).returncode:
+        raise SetupError("Horovod can't be built yet (`make demo` and `make test-fast` do without it)")
+    if kind == "gpu" and cuda_toolkit() is None:
+        raise SetupError("Horovod for GPUs needs nvcc: install NVIDIA's CUDA toolkit 12, name its folder in CUDA_HOME")
 
 
 @contextlib.contextmanager
@@ -90,15 +101,18 @@ def locked(cache):
         yield
 
 
-def nccl_settings(environment, scratch):
-    """Returns the build variables for NCCL on a GPU machine: the one that TensorFlow's CUDA packages bring along."""
+def gpu_variables(environment, scratch):
+    """Returns the build variables for a GPU machine: its CUDA compiler, and the NCCL that TensorFlow brings along."""
     nccl = next(environment.path.glob("lib/python*/site-packages/nvidia/nccl"), None)
     if nccl is None:
         raise SetupError(f"{environment.path} has no NCCL: run make setup again")
     libraries = scratch / "nccl"
     libraries.mkdir()
     (libraries / "libnccl.so").symlink_to(nccl / "lib" / "libnccl.so.2")
+    toolkit = str(cuda_toolkit())
     return {
+        "HOROVOD_CUDA_HOME": toolkit,
+        "CUDAToolkit_ROOT": toolkit,
         "HOROVOD_GPU_OPERATIONS": "NCCL",
         "HOROVOD_NCCL_INCLUDE": str(nccl / "include"),
         "HOROVOD_NCCL_LIB": str(libraries),
@@ -126,7 +140,7 @@ def build_variables(environment, scratch):
         "TMPDIR": str(temporary),
     }
     if environment.kind == "gpu":
-        variables.update(nccl_settings(environment, scratch))
+        variables.update(gpu_variables(environment, scratch))
     return variables
 
 
@@ -142,8 +156,10 @@ def build(environment, requirements, scratch):
 
 
 def works(environment):
-    """Returns whether the Horovod in `environment` can be imported, TensorFlow's part included."""
+    """Returns whether the Horovod in `environment` can be imported and has the parts it was built for."""
     probe = "import horovod.tensorflow as hvd; assert hvd.gloo_built()"
+    if environment.kind == "gpu":
+        probe += "; assert hvd.nccl_built()"
     log = environment.state / "horovod-import.log"
     with open(log, "w") as output:
         command = [environment.python, "-c", probe]

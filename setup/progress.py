@@ -8,7 +8,9 @@ import sys
 import time
 
 HEARTBEAT_SECONDS = 20
-TAIL_LINES = 15
+ERROR_LINES = 5
+TAIL_LINES = 10
+ERROR = re.compile(r"(^CMake Error|\berror:)")
 # the lines of pip's and cmake's output that tell how far they are
 MILESTONE = re.compile(r"(\[ *\d+%\]|Collecting|Processing|Downloading|Building|Installing) .*")
 
@@ -21,6 +23,13 @@ def last_lines(path, count):
     """Returns up to `count` last non-empty lines of the text file `path`."""
     lines = path.read_text(errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()][-count:]
+
+
+def symptoms(path):
+    """Returns the lines of the log `path` that most likely tell why a command failed: its first errors, and its end."""
+    lines = last_lines(path, 1_000_000)
+    errors = [line for line in lines[:-TAIL_LINES] if ERROR.search(line)]
+    return errors[:ERROR_LINES] + lines[-TAIL_LINES:]
 
 
 def milestone(path):
@@ -68,8 +77,8 @@ def run_logged(command, *, log, env):
         stop(process)
         raise
     if code:
-        for line in last_lines(log, TAIL_LINES):
-            print("  | " + line, file=sys.stderr)
+        for line in symptoms(log):
+            print("  | " + line[:200], file=sys.stderr)
         raise SetupError(f"{log.stem} failed with exit code {code}: its whole output is in {log}")
 
 

@@ -22,9 +22,8 @@ def evaluate(function, *arrays, random_variables=None):
     with tf.Graph().as_default(), tfv1.Session() as session:
         inputs = [tfv1.placeholder(x.dtype, _known_sizes(x)) for x in arrays]
         outputs = function(*inputs)
-        session.run(tfv1.global_variables_initializer())
-        for variable in tfv1.global_variables() if random_variables else ():
-            variable.load(_random_values(variable, random_variables), session)
+        initial = _random_values(random_variables) if random_variables else {}
+        session.run(tfv1.global_variables_initializer(), initial)
         return session.run(outputs, dict(zip(inputs, arrays)))
 
 
@@ -34,10 +33,13 @@ def _known_sizes(x):
     return [None] * (x.ndim - 1) + [x.shape[-1] if is_known else None] if x.ndim else []
 
 
-def _random_values(variable, rng):
-    """Away from zero; above it for what is a variance."""
-    sign = 1 if "variance" in variable.op.name else rng.choice([-1, 1], variable.shape)
-    return sign * rng.uniform(0.2, 1, variable.shape)
+def _random_values(rng):
+    """What to feed for the initial values of all variables: away from zero, and above it for what is a variance."""
+    values = {}
+    for variable in tfv1.global_variables():
+        sign = 1 if "variance" in variable.op.name else rng.choice([-1, 1], variable.shape)
+        values[variable.initializer.inputs[1]] = sign * rng.uniform(0.2, 1, variable.shape)
+    return values
 
 
 def variables():
@@ -46,7 +48,7 @@ def variables():
 
 
 def random_boxes(rng, *shape, low=0.0, high=100.0, size=30.0):
-    """Boxes [*shape, 4] whose corners lie above `low`; centres below `high` and sides of `size` on average."""
+    """Boxes [*shape, 4]: top left corners between `low` and `high`, sides of `size` on average and not below 0.01."""
     corner = rng.uniform(low, high, (*shape, 2))
     return np.concatenate([corner, corner + rng.exponential(size, (*shape, 2)) + 0.01], axis=-1).astype(np.float32)
 
@@ -80,7 +82,7 @@ def convolve(x, kernel, *, bias=0.0, stride=1, before=0, after=0):
     """Cross-correlation of [N, H, W, C] with [K, K, C, D], padded with zeros top and left, and bottom and right."""
     x = np.pad(x, [(0, 0), (before, after), (before, after), (0, 0)])
     windows = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
-    return np.einsum("nyxchw,hwcd->nyxd", windows, kernel) + bias
+    return np.tensordot(windows, kernel, axes=((4, 5, 3), (0, 1, 2))) + bias
 
 
 def group_norm(x, gamma, beta, *, groups):

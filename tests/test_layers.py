@@ -20,7 +20,7 @@ def trainable():
     return {variable.op.name for variable in tfv1.trainable_variables()}
 
 
-# --------------------------------------------------------------------------------------------------------- convolution
+# ---------------------------------------------------------------------------------------------------------- convolution
 
 
 def test_convolution_has_a_bias_and_keeps_the_size():
@@ -129,7 +129,7 @@ def test_spread_of_initial_kernels():
         assert np.abs(kernel).max() > 3 * deviation
 
 
-# ------------------------------------------------------------------------------------------------------- normalisation
+# -------------------------------------------------------------------------------------------------------- normalisation
 
 
 @pytest.mark.parametrize("channels, groups", [(128, 32), (64, 32), (6, 3)])
@@ -197,7 +197,7 @@ def test_batch_norm_of_a_trained_layer_updates_the_statistics_also_with_frozen_a
         assert len(tfv1.get_collection(tfv1.GraphKeys.UPDATE_OPS)) == 2
 
 
-# ----------------------------------------------------------------------------------------------------- fully connected
+# ------------------------------------------------------------------------------------------------------ fully connected
 
 
 @pytest.mark.parametrize("rois", [3, 0])
@@ -224,7 +224,7 @@ def test_fully_connected_of_vectors():
     np.testing.assert_allclose(y, x @ values["fc/W"] + values["fc/b"], rtol=1e-5, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- transposed convolution
+# ----------------------------------------------------------------------------------------------- transposed convolution
 
 
 def test_deconv2x2_equals_conv2d_transpose():

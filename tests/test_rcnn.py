@@ -213,7 +213,8 @@ def test_variables_are_the_published_ones(recipe, configure):
             rcnn.build_training(**inputs)
         trainable = {v.op.name for v in tfv1.trainable_variables()}
         found = {
-            v.op.name: {"shape": v.shape.as_list(), "trainable": v.op.name in trainable} for v in tfv1.global_variables()
+            v.op.name: {"shape": v.shape.as_list(), "trainable": v.op.name in trainable}
+            for v in tfv1.global_variables()
         }
     assert found == expected
 

@@ -153,9 +153,10 @@ def test_failed_command_shows_its_end(tmp_path, capsys):
     with pytest.raises(
         SetupError, match=rf"step failed with exit code 3: its whole output is in {re.escape(str(log))}"
     ):
-        progress.run_logged(["sh", "-c", "seq 100; echo why >&2; exit 3"], log=log, env=dict(os.environ))
+        command = ["sh", "-c", "echo 'x.cc:1: error: no header'; seq 100; echo why >&2; exit 3"]
+        progress.run_logged(command, log=log, env=dict(os.environ))
     shown = capsys.readouterr().err.splitlines()
-    assert shown[-2:] == ["  | 100", "  | why"] and len(shown) == progress.TAIL_LINES
+    assert shown == ["  | x.cc:1: error: no header", *(f"  | {number}" for number in range(92, 101)), "  | why"]
 
 
 def test_long_command_gives_signs_of_life(tmp_path, capsys, monkeypatch):
@@ -505,14 +506,26 @@ def test_build_sees_the_forwarding_header_and_no_foreign_make(project, monkeypat
     assert "MAKEFLAGS" not in environment_module.clean_environment()
 
 
-def test_gpu_build_uses_the_nccl_of_tensorflow(venv, tmp_path):
+def test_gpu_build_uses_the_nccl_of_tensorflow(venv, tmp_path, monkeypatch):
     venv.kind = "gpu"
+    script(tmp_path / "cuda" / "bin" / "nvcc")
+    monkeypatch.delenv("HOROVOD_CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     nccl = venv.path / "lib" / "python3.11" / "site-packages" / "nvidia" / "nccl"
     (nccl / "lib").mkdir(parents=True)
     (nccl / "lib" / "libnccl.so.2").write_text("library")
     settings = horovod_wheel.build_variables(venv, tmp_path)
     assert settings["HOROVOD_GPU_OPERATIONS"] == "NCCL" and settings["HOROVOD_NCCL_INCLUDE"] == str(nccl / "include")
     assert (Path(settings["HOROVOD_NCCL_LIB"]) / "libnccl.so").read_text() == "library"
+    assert settings["HOROVOD_CUDA_HOME"] == settings["CUDAToolkit_ROOT"] == str(tmp_path / "cuda")
+
+
+def test_missing_cuda_compiler_is_one_line(machine, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(machine))
+    monkeypatch.setattr(horovod_wheel, "cuda_toolkit", lambda: None)
+    with pytest.raises(SetupError, match="needs nvcc: .*CUDA_HOME"):
+        horovod_wheel.check_compiler(tmp_path, "gpu")
+    horovod_wheel.check_compiler(tmp_path, "cpu")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The programs as they are used: train, evaluate, predict, in processes of their own, on a tiny model and generated data."""
+"""The programs as they are used, in processes of their own, on a tiny model and generated data."""
 
 import json
 import subprocess
@@ -13,15 +13,35 @@ import pytest
 from dataset import shapes
 
 ROOT = Path(__file__).parent.parent
-SETTINGS = """
-    MODE_FPN=True BACKBONE.WIDTH=8 BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1] BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0
-    FPN.NUM_CHANNEL=16 FPN.NORM=GN FPN.FRCNN_FC_HEAD_DIM=32 MRCNN.HEAD_DIM=16
-    PREPROC.TRAIN_SHORT_EDGE_SIZE=64 PREPROC.TEST_SHORT_EDGE_SIZE=64 PREPROC.MAX_SIZE=96
-    RPN.ANCHOR_SIZES=[8,16,32,64,128] RPN.TRAIN_PER_LEVEL_NMS_TOPK=50 RPN.TEST_PER_LEVEL_NMS_TOPK=50
-    RPN.BATCH_PER_IM=32 FRCNN.BATCH_PER_IM=16 TRAIN.BATCH_SIZE_PER_GPU=2 DATA.NUM_WORKERS=1
-    TRAIN.WARMUP=2 TRAIN.LR_SCHEDULE=[3] TRAIN.STEPS_PER_EPOCH=6 TEST.BATCH_SIZE_PER_GPU=2
-    DATA.TRAIN=shapes_train DATA.VAL=shapes_val TEST.RESULT_SCORE_THRESH=0.01 TEST.RESULT_SCORE_THRESH_VIS=0.01
-""".split()
+SETTINGS = [
+    "MODE_FPN=True",
+    "BACKBONE.WIDTH=8",
+    "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]",
+    "BACKBONE.NORM=GN",
+    "BACKBONE.FREEZE_AT=0",
+    "FPN.NUM_CHANNEL=16",
+    "FPN.NORM=GN",
+    "FPN.FRCNN_FC_HEAD_DIM=32",
+    "MRCNN.HEAD_DIM=16",
+    "PREPROC.TRAIN_SHORT_EDGE_SIZE=64",
+    "PREPROC.TEST_SHORT_EDGE_SIZE=64",
+    "PREPROC.MAX_SIZE=96",
+    "RPN.ANCHOR_SIZES=[8,16,32,64,128]",
+    "RPN.TRAIN_PER_LEVEL_NMS_TOPK=50",
+    "RPN.TEST_PER_LEVEL_NMS_TOPK=50",
+    "RPN.BATCH_PER_IM=32",
+    "FRCNN.BATCH_PER_IM=16",
+    "TRAIN.BATCH_SIZE_PER_GPU=2",
+    "DATA.NUM_WORKERS=1",
+    "TRAIN.WARMUP=2",
+    "TRAIN.LR_SCHEDULE=[3]",
+    "TRAIN.STEPS_PER_EPOCH=6",
+    "TEST.BATCH_SIZE_PER_GPU=2",
+    "DATA.TRAIN=shapes_train",
+    "DATA.VAL=shapes_val",
+    "TEST.RESULT_SCORE_THRESH=0.01",
+    "TEST.RESULT_SCORE_THRESH_VIS=0.01",
+]
 
 
 def run(program, *arguments, timeout=300):
@@ -133,7 +153,9 @@ class TestPrediction:
         good = sorted((basedir / "shapes_val").iterdir())[0]
         bad = tmp_path / "bad.jpg"
         bad.write_bytes(b"no image")
-        result = run("predict.py", "--predict", bad, good, "--load", trained[0], "--output", tmp_path / "o", "--no-show")
+        result = run(
+            "predict.py", "--predict", bad, good, "--load", trained[0], "--output", tmp_path / "o", "--no-show"
+        )
         assert result.returncode == 1
         assert str(bad) in result.stderr
         assert len(list((tmp_path / "o").iterdir())) == 1
@@ -159,7 +181,9 @@ class TestPrediction:
 )
 def test_mistakes_are_answered_at_once_and_write_nothing(settings, message, basedir, tmp_path):
     logdir = tmp_path / "run"
-    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings, timeout=30)
+    result = run(
+        "train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings, timeout=30
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("train.py: ")
     assert message in result.stderr
@@ -170,6 +194,8 @@ def test_mistakes_are_answered_at_once_and_write_nothing(settings, message, base
 
 def test_missing_json_is_named(basedir, tmp_path):
     (tmp_path / "shapes_train").mkdir()
-    result = run("train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}", timeout=30)
+    result = run(
+        "train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}", timeout=30
+    )
     assert result.returncode == 2
     assert "instances_shapes_train.json" in result.stderr

@@ -250,7 +250,7 @@ class VirtualDisplay:
 
     def __enter__(self):
         read, write = os.pipe()
-        command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x1024x24", "-nolisten", "tcp"]
+        command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x1024x24", "-nolisten", "tcp", "-noreset"]
         self._server = subprocess.Popen(
             [*command, "-fbdir", self._folder], pass_fds=[write], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
