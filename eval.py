@@ -88,9 +88,7 @@ def load_predictor(checkpoint_path):
     """
     with tf.Graph().as_default() as graph:
         inference = rcnn.Inference()
-        options = tf.ConfigProto(intra_op_parallelism_threads=os.cpu_count(), allow_soft_placement=True)
-        options.gpu_options.allow_growth = True
-        session = tf.Session(config=options)
+        session = tf.Session(config=rcnn.session_config())
         _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
         predict = inference.bind(session)
     graph.finalize()

@@ -17,9 +17,18 @@ from pathlib import Path
 
 from progress import SetupError
 
-# TensorFlow 2.20 has moved the header that Horovod includes by its old name.
+# TensorFlow 2.20 has moved a header that Horovod includes by its old name, and dropped a type that Horovod's code for
+# GPUs uses from it. This stands in the header's old place during the build.
 OLD_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"
-NEW_HEADER = "xla/hlo/builder/xla_builder.h"
+HEADER_TEXT = """\
+#pragma once
+#include "absl/status/statusor.h"
+#include "xla/hlo/builder/xla_builder.h"
+namespace xla {
+template <typename T>
+using StatusOr = absl::StatusOr<T>;
+}
+"""
 SWITCHES = {
     "HOROVOD_WITH_TENSORFLOW": "1",
     "HOROVOD_WITHOUT_PYTORCH": "1",
@@ -126,7 +135,7 @@ def build_variables(environment, scratch):
     """Returns the environment variables of the build; writes the forwarding header into the folder `scratch`."""
     header = scratch / "include" / OLD_HEADER
     header.parent.mkdir(parents=True)
-    header.write_text(f'#include "{NEW_HEADER}"\n')
+    header.write_text(HEADER_TEXT)
     temporary = scratch / "tmp"
     temporary.mkdir()
     variables = {

@@ -500,7 +500,7 @@ def test_build_sees_the_forwarding_header_and_no_foreign_make(project, monkeypat
 
     project.on_pip = look
     environment_module.main(["horovod"])
-    assert seen["header"] == '#include "xla/hlo/builder/xla_builder.h"\n'
+    assert '#include "xla/hlo/builder/xla_builder.h"\n' in seen["header"]
     assert seen["MAKEFLAGS"] == f"-j{os.cpu_count()}"
     assert seen["HOROVOD_WITH_GLOO"] == seen["HOROVOD_WITHOUT_MPI"] == "1" and "HOROVOD_GPU_OPERATIONS" not in seen
     assert "MAKEFLAGS" not in environment_module.clean_environment()

@@ -271,11 +271,12 @@ class VirtualDisplay:
         pixels = np.frombuffer(content, np.uint8, height * line, size + 12 * colours)
         return pixels.reshape(height, line // 4, 4)[:, :width, :3]
 
-    def wait_for(self, process, condition, *, press=None):
+    def wait_for(self, process, condition, *, remap=None, press=None):
         """Waits until condition(screen), up to a minute; False if it does not come or the process ends before.
 
-        `press` is (title, key), sent once a second to the window with this title: a key that comes while the window is
-        being opened is lost.
+        `remap` is the title of a window to hide and show every three seconds: without a window manager, Qt now and
+        then misses that its window is on the screen, and paints nothing. `press` is (title, key), sent once a second: a
+        key that comes while the window is being opened is lost.
         """
         for count in range(600):
             if condition(self.screen()):
@@ -283,15 +284,15 @@ class VirtualDisplay:
             if process.poll() is not None:
                 return False
             if press and count % 10 == 0:
-                self._press(*press)
+                self._control(press[0], "windowfocus", "%1", "key", press[1])
+            if remap and count % 30 == 29:
+                self._control(remap, "windowunmap", "%1", "windowmap", "%1")
             time.sleep(0.1)
         return False
 
-    def _press(self, title, key):
-        tool = {"env": {**os.environ, "DISPLAY": self.name}, "capture_output": True, "text": True}
-        windows = subprocess.run(["xdotool", "search", "--name", title], **tool).stdout.split()
-        if windows:
-            subprocess.run(["xdotool", "windowfocus", windows[0], "key", key], **tool)
+    def _control(self, title, *commands):
+        environment = {**os.environ, "DISPLAY": self.name}
+        subprocess.run(["xdotool", "search", "--name", title, *commands], env=environment, capture_output=True)
 
 
 def shows(colour, *, pixels):
@@ -317,9 +318,9 @@ def test_window_shows_pictures_until_q(tmp_path):
         environment.pop("QT_QPA_PLATFORM", None)
         process = subprocess.Popen([sys.executable, "-c", SHOW], cwd=ROOT, env=environment)
         try:
-            assert display.wait_for(process, shows((0, 0, 255), pixels=300 * 400))
+            assert display.wait_for(process, shows((0, 0, 255), pixels=300 * 400), remap="one")
             fitted = shows((0, 255, 0), pixels=0.99 * 1200 * 800)
-            assert display.wait_for(process, fitted, press=("one", "space"))
+            assert display.wait_for(process, fitted, press=("one", "space"), remap="two")
             display.wait_for(process, lambda screen: False, press=("two", "q"))
             assert process.wait(0) == 0
         finally:
