@@ -319,7 +319,7 @@ def coco_metrics(results, annotation_file, *, image_ids=None, kinds=tuple(KINDS)
     results = [result for result in results if result["image_id"] in image_ids]
     truth["annotations"] = [each for each in truth["annotations"] if each["image_id"] in image_ids]
     if not results:
-        logger.warn(f"nothing was found in {len(image_ids)} images: where there is ground truth, AP is 0")
+        logger.warning(f"nothing was found in {len(image_ids)} images: where there is ground truth, AP is 0")
     metrics = {}
     for kind in kinds:
         values = _average_precision(kind, truth, results, image_ids)
@@ -394,10 +394,8 @@ def _check_results(results, truth, annotation_file):
     if unknown:
         raise EvaluationError(f"results have images {_listed(unknown)}, which are not in {annotation_file}")
     for result in results:
-        if not all(map(math.isfinite, (result["score"], *result["bbox"]))):
-            raise NonFiniteError(
-                f"image {result['image_id']}: a result is not finite: {result['bbox']}, {result['score']}"
-            )
+        if not all(map(math.isfinite, (result["score"], *result.get("bbox", ())))):
+            raise NonFiniteError(f"results of image {result['image_id']} have a number that is not finite")
 
 
 def _listed(ids):
@@ -409,7 +407,7 @@ def _average_precision(kind, truth, results, image_ids):
     """Returns {name in METRICS: value} of one kind."""
     annotations = _true_objects(kind, truth)
     if all(annotation["iscrowd"] for annotation in annotations):
-        logger.warn(f"no ground truth for {KINDS[kind]} AP in {len(image_ids)} images: it is undefined (NaN)")
+        logger.warning(f"no ground truth for {KINDS[kind]} AP in {len(image_ids)} images: it is undefined (NaN)")
         return dict.fromkeys(METRICS, math.nan)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_index(truth, annotations), _index(truth, _found_objects(kind, results)), kind)
@@ -437,7 +435,9 @@ def _true_objects(kind, truth):
     annotations = [{**each, "segmentation": _true_mask(each, truth["images"])} for each in truth["annotations"]]
     with_masks = [annotation for annotation in annotations if annotation["segmentation"]]
     if len(with_masks) < len(annotations):
-        logger.warn(f"{len(annotations) - len(with_masks)} ground truth objects have no mask: mask AP leaves them out")
+        logger.warning(
+            f"{len(annotations) - len(with_masks)} ground truth objects have no mask: mask AP leaves them out"
+        )
     return with_masks
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
-NO_SCORE = float(tf.float32.min)  # the score of what is not a candidate
+NO_SCORE = -1.0  # the score in `batched_nms` of what is not a candidate
 
 
 def area(boxes):
@@ -100,8 +100,10 @@ def random_keys(sample_key, identity, *, purpose):
         float32 [N, A] in [0, 1)
     """
     key = tf.cast(sample_key, tf.int64)
-    state = _mix(_mix(_mix(key[:, 0] + purpose) + key[:, 1]))[:, None]
-    hashed = _mix(_mix(state + identity))
+    state = tf.zeros_like(key[:, 0])
+    for word in (key[:, 0], key[:, 1], purpose):
+        state = _mix(state + word)
+    hashed = _mix(_mix(state[:, None] + identity))
     return tf.cast(tf.bitwise.right_shift(hashed, 8), tf.float32) / 2.0**24
 
 
@@ -157,11 +159,12 @@ def batched_nms(boxes, scores, *, iou_threshold, max_output):
     """Greedy non-maximum suppression in many independent problems at once: B images, or images and levels.
 
     Of a problem's boxes, best first, each suppresses those of its own class that overlap it by more than the threshold.
-    One op for all problems, on the CPU (it has no GPU kernel), spread over the cores.
+    One op for all problems, on the CPU (it has no GPU kernel), spread over the cores. Scores have to be positive: the
+    op fills up its result with dummies of score -1, and takes them for better than what is below.
 
     Args:
         boxes: float32 [B, A, Q, 4], Q = 1 (shared by the classes) or C
-        scores: float32 [B, A, C]; what has NO_SCORE is no candidate
+        scores: float32 [B, A, C], above 0, or NO_SCORE
     Returns:
         boxes float32 [B, max_output, 4], scores [B, max_output], best first, class_index int32 [B, max_output],
         is_valid bool [B, max_output]; what isn't valid is zero
@@ -172,7 +175,7 @@ def batched_nms(boxes, scores, *, iou_threshold, max_output):
         max_output_size_per_class=max_output,
         max_total_size=max_output,
         iou_threshold=iou_threshold,
-        score_threshold=NO_SCORE,
+        score_threshold=0.0,
         clip_boxes=False,
     )
     is_valid = tf.sequence_mask(kept.valid_detections, max_output)

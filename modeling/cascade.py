@@ -47,4 +47,9 @@ def mean_probabilities(stages):
 
 def scale_gradient(x, scale):
     """`x` whose gradient is multiplied by `scale`: the stages share the features that they pool from."""
-    return tf.stop_gradient(x * (1 - scale)) + x * scale
+
+    @tf.custom_gradient
+    def identity(x):
+        return tf.identity(x), lambda dy: dy * scale
+
+    return identity(x)

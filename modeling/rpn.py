@@ -15,6 +15,7 @@ from tensorpack.compat import tfv1
 from . import box_ops
 from .layers import conv2d, normal_initializer, shape_list
 
+LOWEST = float(tf.float32.min)  # the logit of what is no candidate
 HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
 
 
@@ -29,7 +30,7 @@ class Anchors(NamedTuple):
 class Proposals(NamedTuple):
     """The best boxes of each image, best first."""
 
-    boxes: tf.Tensor  # float32 [N, P, 4], clipped to the image, no gradient
+    boxes: tf.Tensor  # float32 [N, P, 4], clipped to the image, no gradient; zeros where not valid
     logits: tf.Tensor  # float32 [N, P]
     is_valid: tf.Tensor  # bool [N, P]
 
@@ -190,36 +191,47 @@ def propose(
     Returns:
         Proposals, P = `post_nms_topk` or the number of candidates if that is less
     """
-    boxes, scores = [], []
+    boxes, best_logits = [], []
     for group_logits, group_deltas, group_anchors in zip(logits, deltas, anchors):
-        group_scores = tf.where(group_anchors.is_valid, group_logits, box_ops.NO_SCORE)
-        group_scores, index = tf.math.top_k(group_scores, tf.minimum(pre_nms_topk, tf.shape(group_scores)[1]))
+        group_logits = tf.where(group_anchors.is_valid, group_logits, LOWEST)
+        group_logits, index = tf.math.top_k(group_logits, tf.minimum(pre_nms_topk, tf.shape(group_logits)[1]))
         references = tf.gather(group_anchors.boxes, index)
         best_deltas = tf.gather(group_deltas, index, batch_dims=1)
         group_boxes = box_ops.clip(box_ops.decode(best_deltas, references, max_log_size=max_log_size), image_shape)
         keep = box_ops.is_larger_than(group_boxes, min_size)
         boxes.append(group_boxes)
-        scores.append(tf.where(keep, group_scores, box_ops.NO_SCORE))
-    return _suppress_and_rank(boxes, scores, nms_threshold=nms_threshold, keep=post_nms_topk)
+        best_logits.append(tf.where(keep, group_logits, LOWEST))
+    return _suppress_and_rank(boxes, best_logits, nms_threshold=nms_threshold, keep=post_nms_topk)
 
 
-def _suppress_and_rank(boxes, scores, *, nms_threshold, keep):
+def _suppress_and_rank(boxes, logits, *, nms_threshold, keep):
     """NMS within each group, one problem per image and group, then the best over all groups."""
-    size = tf.reduce_max(tf.stack([tf.shape(x)[1] for x in scores]))
-    keep_of_group = tf.minimum(keep, size)
-    fill = [size - tf.shape(x)[1] for x in scores]
+    size = tf.reduce_max(tf.stack([tf.shape(x)[1] for x in logits]))
+    fill = [size - tf.shape(x)[1] for x in logits]
     boxes = tf.stack([tf.pad(x, [[0, 0], [0, f], [0, 0]]) for x, f in zip(boxes, fill)], axis=1)
-    scores = tf.stack(
-        [tf.pad(x, [[0, 0], [0, f]], constant_values=box_ops.NO_SCORE) for x, f in zip(scores, fill)], axis=1
+    logits = tf.stack([tf.pad(x, [[0, 0], [0, f]], constant_values=LOWEST) for x, f in zip(logits, fill)], axis=1)
+    n, groups = tf.shape(logits)[0], logits.shape[1]
+    boxes = tf.stop_gradient(tf.reshape(boxes, [n * groups, size, 4]))
+    logits = tf.stop_gradient(tf.reshape(logits, [n * groups, size]))
+    index, is_valid = _suppress(boxes, logits, nms_threshold=nms_threshold, keep=tf.minimum(keep, size))
+    boxes, logits = (tf.gather(x, index, batch_dims=1) for x in (boxes, logits))
+    logits = tf.reshape(tf.where(is_valid, logits, LOWEST), [n, -1])
+    logits, index = tf.math.top_k(logits, tf.minimum(keep, tf.shape(logits)[1]))
+    boxes = tf.gather(tf.reshape(boxes, [n, -1, 4]), index, batch_dims=1)
+    is_valid = logits > LOWEST
+    return Proposals(tf.where(is_valid[..., None], boxes, 0.0), logits, is_valid)
+
+
+def _suppress(boxes, logits, *, nms_threshold, keep):
+    """NMS of boxes [B, A, 4] in the order that they are in, best first, which serves as their score.
+
+    Returns:
+        index int32 [B, keep] into A, and is_valid bool [B, keep]
+    """
+    size = tf.shape(logits)[1]
+    countdown = tf.cast(size - tf.range(size), tf.float32)  # exact, and above 0 as logits aren't
+    scores = tf.where(logits > LOWEST, countdown[None, :], box_ops.NO_SCORE)
+    _, kept, _, is_valid = box_ops.batched_nms(
+        boxes[:, :, None, :], scores[:, :, None], iou_threshold=nms_threshold, max_output=keep
     )
-    n, groups = tf.shape(scores)[0], scores.shape[1]
-    boxes, scores, _, is_valid = box_ops.batched_nms(
-        tf.stop_gradient(tf.reshape(boxes, [n * groups, size, 1, 4])),
-        tf.stop_gradient(tf.reshape(scores, [n * groups, size, 1])),
-        iou_threshold=nms_threshold,
-        max_output=keep_of_group,
-    )
-    scores = tf.reshape(tf.where(is_valid, scores, box_ops.NO_SCORE), [n, groups * keep_of_group])
-    scores, index = tf.math.top_k(scores, tf.minimum(keep, groups * keep_of_group))
-    boxes = tf.gather(tf.reshape(boxes, [n, groups * keep_of_group, 4]), index, batch_dims=1)
-    return Proposals(boxes, scores, scores > box_ops.NO_SCORE)
+    return tf.where(is_valid, size - tf.cast(kept, tf.int32), 0), is_valid

@@ -17,16 +17,26 @@ from pathlib import Path
 
 from progress import SetupError
 
-# TensorFlow 2.20 has moved a header that Horovod includes by its old name, and dropped a type that Horovod's code for
-# GPUs uses from it. This stands in the header's old place during the build.
+# TensorFlow 2.20 has moved a header that Horovod includes by its old name; this stands in the old place for the build.
+# Horovod's code for GPUs needs two things more there: a type that was dropped, and two functions for logging numbers
+# that TensorFlow's headers declare to be in its libraries, which don't export them.
 OLD_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"
 HEADER_TEXT = """\
 #pragma once
+#include "absl/log/internal/log_message.h"
 #include "absl/status/statusor.h"
 #include "xla/hlo/builder/xla_builder.h"
 namespace xla {
 template <typename T>
 using StatusOr = absl::StatusOr<T>;
+}
+namespace absl {
+ABSL_NAMESPACE_BEGIN
+namespace log_internal {
+template LogMessage& LogMessage::operator<<(const int& value);
+template LogMessage& LogMessage::operator<<(const float& value);
+}
+ABSL_NAMESPACE_END
 }
 """
 SWITCHES = {

@@ -266,15 +266,6 @@ def test_nms_suppresses_strictly_above_the_threshold():
     assert nms(boxes, scores, iou_threshold=0.4999, max_output=2)[-1].tolist() == [[True, False]]
 
 
-def test_nms_ranks_scores_below_zero_like_any_others():
-    """Most logits of a trained RPN are; TensorFlow's op ranks them with the -1 of empty places."""
-    boxes, scores = [[[[0, 0, 10, 10]], [[0, 0, 10, 9]], [[20, 20, 30, 30]]]], [[[-5], [-6], [-7]]]
-    kept_boxes, kept_scores, kept_classes, is_valid = nms(boxes, scores, iou_threshold=0.5, max_output=3)
-    assert kept_boxes.tolist() == [[[0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 0, 0]]]
-    assert (kept_scores.tolist(), kept_classes.tolist()) == ([[-5, -7, 0]], [[0, 0, 0]])
-    assert is_valid.tolist() == [[True, True, False]]
-
-
 def test_nms_of_nothing():
     no_candidates, no_problems = np.zeros((2, 0, 1, 4)), np.zeros((0, 3, 1, 4))
     for boxes in (no_candidates, no_problems):

@@ -434,3 +434,15 @@ def test_proposals_carry_no_gradient():
         return proposals.is_valid
 
     assert evaluate(build, [[1.0]], np.zeros((1, 1, 4)), [[5, 5, 15, 15.0]]).all()
+
+
+def test_proposals_of_low_logits_keep_their_rank():
+    """Nearly all logits of a trained RPN are far below 0, where TensorFlow's op would mix boxes up with empty places."""
+    boxes = np.array([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]]], np.float32)
+    logits = np.array([[-5, -6, -7, -200]], np.float32)
+    found_boxes, found_logits, is_valid = evaluate(
+        lambda boxes, logits: rpn._suppress_and_rank([boxes], [logits], nms_threshold=0.5, keep=4), boxes, logits
+    )
+    assert found_boxes.tolist() == [[[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50], [0, 0, 0, 0]]]
+    assert found_logits[0, :3].tolist() == [-5, -7, -200]
+    assert is_valid.tolist() == [[True, True, True, False]]
