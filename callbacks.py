@@ -6,6 +6,8 @@ is made of one step, or of several whose gradients are accumulated.
 
 import math
 import re
+import time
+from collections import Counter
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -190,7 +192,10 @@ class TimedQueueInput(QueueInput):
 
 
 class Progress(ProgressBar):
-    """The bar of an epoch with its ETA: losses by part of the model, their sum, and the seconds waited for data."""
+    """The bar of an epoch with its ETA: losses by part of the model, their sum, and the seconds waited for data.
+
+    Their means over the epoch go to the monitors as `epoch/...`, with the time of a step, `epoch/step_s`.
+    """
 
     def _before_train(self):
         losses = [x.op.name for x in tfv1.get_collection(tfv1.GraphKeys.LOSSES) if not x.op.name.startswith("tower")]
@@ -198,11 +203,24 @@ class Progress(ProgressBar):
         self._parts = ["cost", "data_s", *(re.sub(r"_loss(es)?|_cost|/.*", "", name) for name in losses)]
         super()._before_train()
 
+    def _before_epoch(self):
+        super()._before_epoch()
+        self._totals, self._epoch_start = Counter(), time.time()
+
     def _after_run(self, context, run_values):
-        shown = dict.fromkeys(self._parts, 0.0)
-        for part, value in zip(self._parts, run_values.results):
-            shown[part] += value
+        shown = Counter()
+        for part, value in zip(self._parts, run_values.results or ()):
+            shown[part] += float(value)
+        self._totals.update(shown)
         self._bar.set_postfix({part: f"{value:.3g}" for part, value in shown.items()}, refresh=False)
+
+    def _after_epoch(self):
+        super()._after_epoch()
+        self._totals["step_s"] = time.time() - self._epoch_start
+
+    def _trigger_epoch(self):
+        for part, total in self._totals.items():
+            self.trainer.monitors.put_scalar(f"epoch/{part}", total / self.trainer.steps_per_epoch)
 
 
 def default_callbacks():

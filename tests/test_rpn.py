@@ -437,7 +437,7 @@ def test_proposals_carry_no_gradient():
 
 
 def test_proposals_of_low_logits_keep_their_rank():
-    """Nearly all logits of a trained RPN are far below 0, where TensorFlow's op would mix boxes up with empty places."""
+    """Nearly all logits of a trained RPN are far below 0, where TensorFlow's op takes boxes for empty places."""
     boxes = np.array([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]]], np.float32)
     logits = np.array([[-5, -6, -7, -200]], np.float32)
     found_boxes, found_logits, is_valid = evaluate(

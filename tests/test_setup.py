@@ -390,7 +390,7 @@ def another(project):
 
 
 def install_horovod(venv):
-    folder = horovod_wheel.wheel_folder(REQUIREMENTS, venv.kind, "3.11")
+    folder = horovod_wheel.wheel_folder(REQUIREMENTS, venv.kind, venv.identity()["python"])
     horovod_wheel.install(venv, REQUIREMENTS, folder, "digest")
 
 

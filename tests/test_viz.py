@@ -2,16 +2,15 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from virtual_display import VirtualDisplay, needs_display, shows
 
 import viz
 from config import UserError
@@ -60,10 +59,12 @@ def test_box_of_the_whole_image_has_all_four_lines_inside():
 def test_mask_is_tinted_inside_and_nowhere_else():
     mask = np.zeros((600, 800), bool)
     mask[200:400, 300:500] = True
+    mask[300:380, 380:460] = False
     picture = draw(grey_image(600, 800), detections([[250, 150, 550, 450]], masks=mask[np.newaxis]))
     opacity = viz.MASK_OPACITY + (viz.WIDE_MASK_OPACITY - viz.MASK_OPACITY) * mask.sum() / mask.size
     expected = (1 - opacity) * 100 + opacity * np.array(viz.class_colour(1))
-    np.testing.assert_allclose(picture[220:380, 320:480], np.broadcast_to(expected, (160, 160, 3)), atol=1)
+    np.testing.assert_allclose(picture[220:280, 320:480], np.broadcast_to(expected, (60, 160, 3)), atol=1)
+    assert (picture[310:370, 390:450] == 100).all()  # the hole
     assert (picture[165:190, 265:535] == 100).all()  # between mask and box
     assert tuple(picture[300, 300]) == viz.class_colour(1)  # the outline
 
@@ -99,6 +100,7 @@ def test_enlarged_picture_has_box_and_mask_at_the_enlarged_place():
     changed = (picture != 100).any(axis=2)
     assert changed[110:190, 210:340].all()  # the mask
     assert not changed[210:240, 160:390].any()  # between mask and box
+    assert not changed[60:, :140].any()  # left of the box
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 7), (480, 20)])
@@ -242,67 +244,6 @@ def test_no_window_without_a_display(monkeypatch, display):
     assert viz.has_display() is False
 
 
-class VirtualDisplay:
-    """An Xvfb server of its own; `screen` is what a user would see."""
-
-    def __init__(self, folder):
-        self._folder = folder
-
-    def __enter__(self):
-        read, write = os.pipe()
-        command = ["Xvfb", "-displayfd", str(write), "-screen", "0", "1280x1024x24", "-nolisten", "tcp", "-noreset"]
-        self._server = subprocess.Popen(
-            [*command, "-fbdir", self._folder], pass_fds=[write], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            self.name = f":{pipe.readline().strip()}"
-        return self
-
-    def __exit__(self, *_):
-        self._server.terminate()
-        self._server.wait()
-
-    def screen(self):
-        """uint8 [H, W, 3] BGR, from the frame buffer file: a header of big-endian uint32 (XWD), then pixels."""
-        content = (self._folder / "Xvfb_screen0").read_bytes()
-        header = np.frombuffer(content, ">u4", 25)
-        size, width, height, line, colours = (int(header[index]) for index in (0, 4, 5, 12, 19))
-        pixels = np.frombuffer(content, np.uint8, height * line, size + 12 * colours)
-        return pixels.reshape(height, line // 4, 4)[:, :width, :3]
-
-    def wait_for(self, process, condition, *, remap=None, press=None):
-        """Waits until condition(screen), up to a minute; False if it does not come or the process ends before.
-
-        `remap` is the title of a window to hide and show every three seconds: without a window manager, Qt now and
-        then misses that its window is on the screen, and paints nothing. `press` is (title, key), sent once a second: a
-        key that comes while the window is being opened is lost.
-        """
-        for count in range(600):
-            if condition(self.screen()):
-                return True
-            if process.poll() is not None:
-                return False
-            if press and count % 10 == 0:
-                self._control(press[0], "windowfocus", "%1", "key", press[1])
-            if remap and count % 30 == 29:
-                self._control(remap, "windowunmap", "%1", "windowmap", "%1")
-            time.sleep(0.1)
-        return False
-
-    def _control(self, title, *commands):
-        environment = {**os.environ, "DISPLAY": self.name}
-        subprocess.run(["xdotool", "search", "--name", title, *commands], env=environment, capture_output=True)
-
-
-def shows(colour, *, pixels):
-    return lambda screen: (screen == colour).all(axis=2).sum() >= pixels
-
-
-needs_display = pytest.mark.skipif(
-    not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb and xdotool (Debian: xvfb xdotool)"
-)
-
 SHOW = """
 import numpy as np, viz
 assert viz.has_display()
@@ -311,6 +252,7 @@ viz.show([("one", paint(300, 400, (0, 0, 255))), ("two", paint(2000, 3000, (0, 2
 """
 
 
+@pytest.mark.slow
 @needs_display
 def test_window_shows_pictures_until_q(tmp_path):
     with VirtualDisplay(tmp_path) as display:
@@ -321,6 +263,7 @@ def test_window_shows_pictures_until_q(tmp_path):
             assert display.wait_for(process, shows((0, 0, 255), pixels=300 * 400), remap="one")
             fitted = shows((0, 255, 0), pixels=0.99 * 1200 * 800)
             assert display.wait_for(process, fitted, press=("one", "space"), remap="two")
+            assert not shows((0, 255, 0), pixels=1201 * 801)(display.screen())
             display.wait_for(process, lambda screen: False, press=("two", "q"))
             assert process.wait(0) == 0
         finally:

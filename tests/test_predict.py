@@ -1,0 +1,367 @@
+"""predict.py: mistakes answered at once, pictures, results files, and whole runs with a window on a virtual display."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from virtual_display import VirtualDisplay, needs_display
+
+import predict
+import viz
+from config import Config, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Fails where TensorFlow is imported: what is answered without it is answered at once.
+WITHOUT_TENSORFLOW = """
+import sys
+sys.modules.update({"tensorflow": None, "tensorpack": None})
+import runpy
+runpy.run_path("predict.py", run_name="__main__")
+"""
+
+
+def run_without_tensorflow(*arguments):
+    """Exit code and lines on stderr."""
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr.splitlines(), done.stdout
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint that is only found, never read; no config.json beside it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for suffix in ("index", "data-00000-of-00001"):
+        (folder / f"model-500.{suffix}").touch()
+    return folder
+
+
+def write_config(folder, *settings):
+    config = Config()
+    config.update(list(settings))
+    config.save(folder / "config.json")
+
+
+def write_data_set(folder, *, names=("disc", "box")):
+    """A data set in COCO's layout that is both coco_val2017 and coco_val2014."""
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    content = {"images": [], "annotations": [], "categories": categories}
+    (folder / "annotations").mkdir(exist_ok=True, parents=True)
+    for year in (2014, 2017):
+        (folder / f"val{year}").mkdir(exist_ok=True)
+        (folder / f"val{year}" / "1.png").write_bytes(
+            cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
+        )
+        content["images"] = [{"id": 1, "height": 20, "width": 30, "file_name": "1.png"}]
+        (folder / "annotations" / f"instances_val{year}.json").write_text(json.dumps(content))
+    return f"DATA.BASEDIR={folder}"
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_help_needs_no_tensorflow():
+    code, _, output = run_without_tensorflow("--help")
+    assert code == 0
+    assert all(
+        option in output for option in ("--predict", "--evaluate", "--load", "--config", "--output", "--no-show")
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--load", "x"], ["--predict", "a.jpg"], ["--predict", "a", "--evaluate", "b", "--load", "c"]]
+)
+def test_missing_and_contradictory_arguments(arguments):
+    code, errors, _ = run_without_tensorflow(*arguments)
+    assert code == 2
+    assert errors[0].startswith("usage: ")
+
+
+def test_checkpoint_that_does_not_exist(tmp_path):
+    code, errors, _ = run_without_tensorflow("--predict", "a.jpg", "--load", tmp_path / "nothing" / "model-7")
+    assert code == 2
+    assert len(errors) == 1 and re.match("predict.py: .*nothing/model-7", errors[0])
+
+
+def test_settings_that_do_not_exist(checkpoint):
+    write_config(checkpoint)
+    code, errors, _ = run_without_tensorflow(
+        "--predict", "a.jpg", "--load", checkpoint, "--config", "TEST.RESULT_PER_IM=3"
+    )
+    assert code == 2
+    assert len(errors) == 1 and "TEST.RESULT_PER_IM" in errors[0] and "TEST.RESULTS_PER_IM" in errors[0]
+
+
+def test_unknown_class_names(checkpoint, tmp_path):
+    code, errors, _ = run_without_tensorflow(
+        "--predict", "a.jpg", "--load", checkpoint, "--config", f"DATA.BASEDIR={tmp_path / 'none'}"
+    )
+    assert code == 2
+    assert len(errors) == 2 and "no config.json beside" in errors[0]
+    assert "class names are unknown" in errors[1] and str(tmp_path / "none") in errors[1]
+
+
+def test_no_image_is_there(checkpoint):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=1", "DATA.CLASS_NAMES=('BG','disc')")
+    code, errors, _ = run_without_tensorflow("--predict", "a.jpg", checkpoint, "--load", checkpoint)
+    assert code == 1
+    assert errors == ["predict.py: a.jpg: no such file", f"predict.py: {checkpoint}: no such file"]
+
+
+@pytest.mark.parametrize(
+    ("names", "existing"), [("coco_val2017", "out"), ("['coco_val2014','coco_val2017']", "out-coco_val2017")]
+)
+def test_existing_results_are_refused(checkpoint, tmp_path, names, existing):
+    write_config(checkpoint, write_data_set(tmp_path / "data"), f"DATA.VAL={names}")
+    (tmp_path / f"{existing}.json").write_text("mine")
+    code, errors, _ = run_without_tensorflow("--evaluate", tmp_path / "out.json", "--load", checkpoint)
+    assert code == 2
+    assert len(errors) == 1 and f"{existing}.json exists already" in errors[0]
+    assert (tmp_path / f"{existing}.json").read_text() == "mine"
+
+
+def test_data_set_that_is_not_there(checkpoint, tmp_path):
+    write_config(checkpoint, f"DATA.BASEDIR={tmp_path}")
+    code, errors, _ = run_without_tensorflow("--evaluate", tmp_path / "out.json", "--load", checkpoint)
+    assert code == 2
+    assert len(errors) == 1 and "coco_val2017" in errors[0]
+
+
+def test_data_set_of_other_classes(checkpoint, tmp_path):
+    write_config(
+        checkpoint, write_data_set(tmp_path / "data"), "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','box','disc']"
+    )
+    code, errors, _ = run_without_tensorflow("--evaluate", tmp_path / "out.json", "--load", checkpoint)
+    assert code == 2
+    assert errors == ["predict.py: the classes of coco_val2017 are not those of the model, in the same order"]
+
+
+# ---------------------------------------------------------------- with a stand-in for the network
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Stands in for eval.py: finds one disc and two boxes in every image; notes what it is asked for."""
+    monkeypatch.setattr(predict, "config", Config())
+    monkeypatch.setattr(viz, "has_display", lambda: False)
+    calls = SimpleNamespace(loaded=[], evaluated=[], config=predict.config)
+
+    def predict_images(function, images):
+        assert function == "function"
+        boxes_xyxy = np.float32([[1, 1, 9, 9], [3, 3, 20, 20], [5, 5, 30, 30]])
+        return [
+            SimpleNamespace(
+                boxes_xyxy=boxes_xyxy, scores=np.float32([0.9, 0.8, 0.7]), labels=np.array([2, 1, 2]), masks=None
+            )
+        ] * len(images)
+
+    def load_predictor(path):
+        calls.loaded.append(str(path))
+        return "function"
+
+    def evaluate_dataset(function, dataset, *, output):
+        calls.evaluated.append((function, dataset.name, str(output)))
+
+    stand_in = SimpleNamespace(
+        load_predictor=load_predictor, predict_images=predict_images, evaluate_dataset=evaluate_dataset
+    )
+    monkeypatch.setitem(sys.modules, "eval", stand_in)
+    return calls
+
+
+def run(*arguments):
+    return predict.main(predict.parse_arguments([str(argument) for argument in arguments]))
+
+
+def write_image(path, height=60, width=80):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(path), np.full((height, width, 3), 90, np.uint8))
+    return path
+
+
+def test_pictures(network, checkpoint, tmp_path, capsys, monkeypatch):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    images = [
+        write_image(tmp_path / "a" / "1.jpg"),
+        write_image(tmp_path / "b" / "1.png"),
+        write_image(tmp_path / "c.d.jpg"),
+    ]
+    assert run("--predict", *images, "--load", checkpoint, "--output", tmp_path / "out") == 0
+    names = ["1-detections.png", "1-detections-1.png", "c.d-detections.png"]
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'out' / name}: 2 box, 1 disc" for name in names]
+    for name in names:
+        picture = cv2.imread(str(tmp_path / "out" / name))
+        assert (picture == viz.class_colour(2)).all(axis=2).any()
+    assert network.loaded == [str(checkpoint / "model-500")]
+    # Once more: nothing is written over.
+    before = (tmp_path / "out" / names[0]).read_bytes()
+    monkeypatch.setattr(predict, "config", Config())
+    assert run("--predict", images[0], "--load", checkpoint, "--output", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "1-detections-2.png").exists()
+    assert (tmp_path / "out" / names[0]).read_bytes() == before
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(network, checkpoint, tmp_path, capsys):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    (tmp_path / "bad.jpg").write_text("no image")
+    files = [tmp_path / "bad.jpg", tmp_path / "missing.jpg", write_image(tmp_path / "good.jpg")]
+    assert run("--predict", *files, "--load", checkpoint, "--output", tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good-detections.png"]
+    errors = captured.err.splitlines()
+    assert len(errors) == 2 and all(error.startswith("predict.py: ") for error in errors)
+    assert "missing.jpg: no such file" in errors[0] and "bad.jpg" in errors[1]
+
+
+def test_output_that_cannot_be_written(network, checkpoint, tmp_path):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file"):
+        run("--predict", write_image(tmp_path / "a.jpg"), "--load", checkpoint, "--output", tmp_path / "file")
+
+
+def test_settings_come_from_the_run_and_flags_win(network, checkpoint, tmp_path):
+    write_config(
+        checkpoint,
+        *("DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']", "MODE_FPN=True", "TEST.RESULTS_PER_IM=7"),
+        *("FPN.NUM_CHANNEL=32", "TEST.RESULT_SCORE_THRESH_VIS=0.3"),
+    )
+    image = write_image(tmp_path / "a.jpg")
+    run("--predict", image, "--load", checkpoint, "--output", tmp_path / "out", "--config", "TEST.RESULTS_PER_IM=9")
+    config = network.config
+    assert config.MODE_FPN is True and config.FPN.NUM_CHANNEL == 32 and config.DATA.NUM_CATEGORY == 2
+    assert config.TEST.RESULTS_PER_IM == 9
+    assert config.TEST.RESULT_SCORE_THRESH == 0.3  # nothing is computed that will not be drawn
+    with pytest.raises(UserError, match="frozen"):
+        config.MODE_FPN = False
+
+
+def test_class_names_of_the_data_set_where_the_run_has_none(network, checkpoint, tmp_path, capsys):
+    settings = write_data_set(tmp_path / "data")
+    image = write_image(tmp_path / "a.jpg")
+    assert run("--predict", image, "--load", checkpoint, "--output", tmp_path, "--config", settings) == 0
+    assert network.config.DATA.CLASS_NAMES == ("BG", "disc", "box") and network.config.DATA.NUM_CATEGORY == 2
+    assert "2 box, 1 disc" in capsys.readouterr().out
+
+
+def test_pictures_are_shown_where_there_is_a_display(network, checkpoint, tmp_path, monkeypatch):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    shown = []
+    monkeypatch.setattr(viz, "has_display", lambda: True)
+    monkeypatch.setattr(
+        viz, "show", lambda pictures: shown.extend((title, picture.shape) for title, picture in pictures)
+    )
+    arguments = ["--predict", write_image(tmp_path / "a.jpg"), "--load", checkpoint, "--output", tmp_path / "out"]
+    run(*arguments)
+    assert shown == [("a-detections.png", (360, 480, 3))]
+    monkeypatch.setattr(predict, "config", Config())
+    run(*arguments, "--no-show")
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize("names", [["coco_val2017"], ["coco_val2017", "coco_val2014"]])
+def test_evaluation_writes_a_file_per_data_set(network, checkpoint, tmp_path, names):
+    write_config(checkpoint, write_data_set(tmp_path / "data"), f"DATA.VAL={names}")
+    assert run("--evaluate", tmp_path / "new" / "out.json", "--load", checkpoint / "model-500.index") == 0
+    files = ["out.json"] if len(names) == 1 else [f"out-{name}.json" for name in names]
+    assert network.evaluated == [("function", n, str(tmp_path / "new" / f)) for n, f in zip(names, files)]
+    assert network.config.TEST.RESULT_SCORE_THRESH == 0.05
+    assert network.config.DATA.CLASS_NAMES == ("BG", "disc", "box")
+
+
+# ---------------------------------------------------------------- whole runs
+
+TINY = (
+    *("MODE_FPN=True", "BACKBONE.WIDTH=4", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=8"),
+    *("FPN.FRCNN_FC_HEAD_DIM=8", "MRCNN.HEAD_DIM=8", "PREPROC.TEST_SHORT_EDGE_SIZE=64", "PREPROC.MAX_SIZE=128"),
+    *("DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']", "DATA.NUM_WORKERS=0"),
+    *("TEST.RESULT_SCORE_THRESH=0", "TEST.RESULT_SCORE_THRESH_VIS=0", "TEST.RESULTS_PER_IM=3"),
+)
+
+SAVE_RANDOM_WEIGHTS = """
+import sys
+from config import config
+config.load(sys.argv[1] + "/config.json")
+from tensorpack.compat import tfv1 as tf
+from modeling import rcnn
+with tf.Graph().as_default(), tf.Session() as session:
+    rcnn.Inference()
+    session.run(tf.global_variables_initializer())
+    tf.train.Saver().save(session, sys.argv[1] + "/model-1")
+"""
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """The directory of a run whose model has random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    write_config(folder, *TINY, write_data_set(folder / "data"))
+    subprocess.run([sys.executable, "-c", SAVE_RANDOM_WEIGHTS, folder], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@needs_display
+def test_whole_prediction_with_a_window(random_model, tmp_path):
+    image = write_image(tmp_path / "a.jpg", 120, 200)
+    arguments = ["--predict", image, tmp_path / "none.jpg", "--load", random_model, "--output", tmp_path / "out"]
+    with VirtualDisplay(tmp_path) as display:
+        process = subprocess.Popen(
+            [sys.executable, "predict.py", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "DISPLAY": display.name},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            path = tmp_path / "out" / "a-detections.png"
+
+            def shows_picture(screen):
+                if not path.exists():
+                    return False
+                picture = cv2.imread(str(path))
+                return picture is not None and (screen[: picture.shape[0], : picture.shape[1]] == picture).mean() > 0.99
+
+            assert display.wait_for(process, shows_picture, remap="a-detections")
+            display.wait_for(process, lambda screen: False, press=("a-detections", "q"))
+            output, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1  # none.jpg
+    assert f"{path}: " in output
+    assert "none.jpg: no such file" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_whole_evaluation(random_model, tmp_path):
+    command = [sys.executable, "predict.py", "--evaluate", tmp_path / "out.json", "--load", random_model]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert len(results) == 3 and all(result["image_id"] == 1 for result in results)
+    assert results[0]["segmentation"]["size"] == [20, 30]
+    assert "no ground truth for box AP" in done.stdout + done.stderr
+    assert "box AP on coco_val2017 (1 images)" in done.stdout + done.stderr
+
+
+def test_starts_as_a_command_of_its_own_environment(tmp_path):
+    """The shell reads the first two lines: they find setup/python beside the script, whatever the folder's name."""
+    folder = tmp_path / "a folder"
+    (folder / "setup").mkdir(parents=True)
+    (folder / "predict.py").write_text((ROOT / "predict.py").read_text())
+    (folder / "setup" / "python").write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
+    for path in (folder / "predict.py", folder / "setup" / "python"):
+        path.chmod(0o755)
+    assert os.access(ROOT / "predict.py", os.X_OK)
+    done = subprocess.run([folder / "predict.py", "--predict", "an image.jpg"], capture_output=True, text=True, cwd="/")
+    assert done.stdout == f"{folder}/predict.py|--predict|an image.jpg|"
