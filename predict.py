@@ -1,7 +1,5 @@
-#!/bin/sh
-"exec" "${0%/*}/setup/python" "$0" "$@"  # fmt: skip
-
-__doc__ = """Find objects in images, or evaluate a model.
+#!/usr/bin/env -S sh -c 'exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
+"""Find objects in images, or evaluate a model.
 
     ./predict.py --predict IMAGE ... --load CHECKPOINT        pictures of what was found
     ./predict.py --evaluate OUT.json --load CHECKPOINT        COCO results and metrics on the data sets of DATA.VAL

@@ -1,7 +1,5 @@
-#!/bin/sh
-"exec" "${0%/*}/setup/python" "$0" "$@"  # fmt: skip
-
-__doc__ = """Train a detector.
+#!/usr/bin/env -S sh -c 'exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
+"""Train a detector.
 
     ./train.py --config MODE_FPN=True DATA.BASEDIR=/path/to/COCO BACKBONE.WEIGHTS=ImageNet-R50-AlignPadding.npz
 
