@@ -3,6 +3,8 @@
 Everything runs on the CPU in a few minutes. Each run gets a folder of its own below `demo/`.
 """
 
+import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -17,7 +19,6 @@ from config import UserError, config
 from dataset import get_dataset, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "demo"
 DATA_SET = {"train": 2000, "val": 200, "size": 128, "seed": 0}
 PICTURES = 12
 # A ResNet of one block per stage and a quarter of the width, with GroupNorm: it starts from random weights.
@@ -36,12 +37,17 @@ SETTINGS = """
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "demo", help="where data and runs go (default: %(default)s)"
+    )
+    folder = parser.parse_args().folder
     start = time.time()
     say("1. a data set: overlapping shapes of five classes, in COCO's format")
-    shapes.generate(FOLDER / "shapes", **DATA_SET)
-    run = new_folder()
+    shapes.generate(folder / "shapes", **DATA_SET)
+    run = new_folder(folder)
     say(f"2. training: about four minutes on two cores; logs and checkpoints go to {relative(run)}")
-    train(run)
+    train(run, folder / "shapes")
     say("3. pictures: predictions beside the ground truth")
     pictures = draw(run)
     box_ap50, mask_ap50 = (last_metric(run, f"shapes_val-mAP({kind})/IoU=0.5") for kind in ("bbox", "segm"))
@@ -61,17 +67,14 @@ def relative(path):
     return os.path.relpath(path)
 
 
-def new_folder():
-    """demo/run1, demo/run2, ...: the first that does not exist."""
-    number = 1
-    while (FOLDER / f"run{number}").exists():
-        number += 1
-    return FOLDER / f"run{number}"
+def new_folder(folder):
+    """run1, run2, ...: the first that does not exist."""
+    return next(run for run in (folder / f"run{number}" for number in itertools.count(1)) if not run.exists())
 
 
-def train(run):
+def train(run, basedir):
     command = [sys.executable, str(ROOT / "train.py"), "--logdir", str(run), "--config", *SETTINGS.split()]
-    subprocess.run([*command, f"DATA.BASEDIR={FOLDER / 'shapes'}"], check=True)
+    subprocess.run([*command, f"DATA.BASEDIR={basedir}"], check=True)
 
 
 def last_metric(run, name):
