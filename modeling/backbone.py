@@ -17,7 +17,7 @@ def resnet_stem(image, *, width, norm, freeze, tf_pad_mode):
         width: channels. freeze: as in `conv2d_norm`.
         tf_pad_mode: put the larger share of the padding at the bottom and right, as TensorFlow does
     Returns:
-        [N, ceil(H / 4), ceil(W / 4), width]
+        [N, floor(H / 4), floor(W / 4), width]
     """
     before, after = (2, 3) if tf_pad_mode else (3, 2)
     padding = explicit_padding(before, after)
@@ -81,7 +81,7 @@ def resnet(image, *, num_blocks, width, norm, freeze_at, freeze_affine, tf_pad_m
         freeze_at: 0 trains everything, 1 freezes the stem, 2 the first stage too, and so on
         freeze_affine: gives no gradient to any norm's gamma and beta
     Returns:
-        list of [N, H / stride, W / stride, C], strides 4, 8, 16, 32
+        list of [N, floor(H / stride), floor(W / stride), C], strides 4, 8, 16, 32
     """
     x = resnet_stem(image, width=width, norm=norm, freeze=frozen(0, freeze_at, freeze_affine), tf_pad_mode=tf_pad_mode)
     outputs = []

@@ -35,7 +35,7 @@ def label_rois(boxes, is_valid, gt_boxes, gt_labels, *, foreground_iou):
 
     Args:
         boxes: float32 [N, S, 4]. is_valid: bool [N, S].
-        gt_boxes: float32 [N, G, 4]. gt_labels: int64 [N, G]; only labels > 0 (no padding, no crowd) are matched.
+        gt_boxes: float32 [N, G, 4], G >= 1. gt_labels: int64 [N, G]; only labels > 0 (no padding, no crowd) match.
     Returns:
         RoIs
     """
@@ -63,7 +63,7 @@ def sample_rois(proposals, gt_boxes, gt_labels, sample_key, *, foreground_iou, b
         ],
         axis=0,
     )
-    keys = box_ops.random_keys(sample_key, tf.cast(identity, tf.int64), purpose=2)
+    keys = box_ops.random_keys(sample_key, tf.cast(identity, tf.int64), purpose="rois")
     rois = label_rois(boxes, is_valid, gt_boxes, gt_labels, foreground_iou=foreground_iou)
     picked = box_ops.sample(
         rois.is_foreground,
@@ -126,7 +126,7 @@ def box_losses(class_logits, deltas, rois, gt_boxes, *, weights):
     """Cross-entropy of the labels and L1 of the foreground's deltas.
 
     Args:
-        class_logits: float32 [R, C + 1]. deltas: float32 [R, C + 1 or 1, 4]. rois: RoIs, R = N * S.
+        class_logits: float32 [R, C + 1]. deltas: float32 [R, C + 1 or 1, 4], a known number. rois: RoIs, R = N * S.
         gt_boxes: float32 [N, G, 4]. weights: of box regression.
     Returns:
         dict of scalars: sums over an image's RoIs / their number; the mean over images
@@ -195,7 +195,7 @@ def detect(probabilities, boxes, is_valid, image_shape, *, score_threshold, nms_
     n, slots, kinds, _ = shape_list(boxes)
     boxes = tf.reshape(box_ops.clip(tf.reshape(boxes, [n, slots * kinds, 4]), image_shape), [n, slots, kinds, 4])
     scores = probabilities[:, :, 1:]
-    keep = is_valid[:, :, None] & (scores > score_threshold) & box_ops.is_larger_than(boxes, 0.0)
+    keep = is_valid[:, :, None] & (scores > score_threshold) & box_ops.is_nonempty(boxes)
     boxes, scores, class_index, is_kept = box_ops.batched_nms(
         boxes,
         tf.where(keep, scores, box_ops.NO_SCORE),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+KEY_PURPOSES = {"anchors": 1, "rois": 2}  # of random numbers
 NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
 NO_SCORE = -1.0  # the score in `batched_nms` of what is not a candidate
 
@@ -26,8 +27,8 @@ def clip(boxes, image_shape):
     return tf.maximum(tf.minimum(boxes, tf.concat([limit, limit], axis=-1)), 0.0)
 
 
-def is_larger_than(boxes, min_size):
-    """Whether both sides of boxes [..., 4] are finite and above `min_size` pixels -> bool [...]."""
+def is_nonempty(boxes, min_size=0.0):
+    """Whether boxes [..., 4] are finite and both sides above `min_size` pixels -> bool [...]."""
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     width, height = x2 - x1, y2 - y1
     finite = tf.math.is_finite(tf.reduce_sum(boxes, axis=-1))
@@ -95,13 +96,13 @@ def random_keys(sample_key, identity, *, purpose):
     Args:
         sample_key: int32 [N, 2], the seed and the image's position in the order of the data
         identity: int64 [A] or [N, A], the same for a candidate in whatever batch its image is
-        purpose: an int, different for each use, so that the picks are independent
+        purpose: one of KEY_PURPOSES, so that the picks of different uses are independent
     Returns:
         float32 [N, A] in [0, 1)
     """
     key = tf.cast(sample_key, tf.int64)
     state = tf.zeros_like(key[:, 0])
-    for word in (key[:, 0], key[:, 1], purpose):
+    for word in (key[:, 0], key[:, 1], KEY_PURPOSES[purpose]):
         state = _mix(state + word)
     hashed = _mix(_mix(state[:, None] + identity))
     return tf.cast(tf.bitwise.right_shift(hashed, 8), tf.float32) / 2.0**24
@@ -244,6 +245,6 @@ def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resol
 
 
 def roi_level(boxes, *, num_levels):
-    """The level floor(4 + log2(sqrt(area) / 224)) of each RoI, counted from 0: [R, 4] -> int32 [R] in 0..levels - 1."""
+    """The level floor(4 + log2(sqrt(area) / 224 + 1e-6)) of RoIs [R, 4], as int32 [R] in 0..levels - 1 from level 2."""
     octave = tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-6) / tf.math.log(2.0)
     return tf.cast(tf.clip_by_value(tf.floor(4.0 + octave), 2.0, num_levels + 1.0), tf.int32) - 2

@@ -36,7 +36,8 @@ def cascade(boxes, is_valid, image_shape, *, head, weights, max_log_size):
         deltas = tf.reshape(deltas, tf.shape(boxes))
         refined = box_ops.decode(deltas, boxes, weights=stage_weights, max_log_size=max_log_size)
         boxes = tf.stop_gradient(box_ops.clip(refined, image_shape))
-        is_valid = is_valid & box_ops.is_larger_than(boxes, 0.0)
+        is_valid = is_valid & box_ops.is_nonempty(boxes)
+        boxes = tf.where(tf.math.is_finite(boxes), boxes, 0.0)  # RoIAlign takes no others
     return stages, boxes
 
 

@@ -28,7 +28,6 @@ from .layers import shape_list
 
 C4_RESOLUTION = 14
 BOX_RESOLUTION, MASK_RESOLUTION = 7, 14
-RPN_PURPOSE = 1  # of random keys
 FPN_STRIDE = 32  # FPN works on images padded to a multiple of this
 
 
@@ -127,9 +126,9 @@ def build_inference(image, image_shape):
     detections = _detect(features, proposals, image_shape)
     if not config.MODE_MASK:
         return detections
-    mask_features = features.for_masks(detections.boxes, detections.image_index)
-    logits = mask_head.of_label(_mask_logits(mask_features), detections.labels)
-    return detections._replace(masks=tf.sigmoid(logits))
+    boxes, labels, image = _at_least_one(detections.boxes, detections.labels, detections.image_index)
+    logits = mask_head.of_label(_mask_logits(features.for_masks(boxes, image)), tf.maximum(labels, 1))
+    return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -267,7 +266,7 @@ def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sampl
         boxes,
         targets,
         gt_boxes,
-        box_ops.random_keys(sample_key, identity, purpose=RPN_PURPOSE),
+        box_ops.random_keys(sample_key, identity, purpose="anchors"),
         batch_per_image=config.RPN.BATCH_PER_IM,
         foreground_ratio=config.RPN.FG_RATIO,
     )
@@ -386,6 +385,12 @@ def _detect(features, proposals, image_shape):
 # ---------------------------------------------------------------------------------------------------- masks
 
 
+def _at_least_one(*tensors):
+    """Tensors of RoIs [R, ...] with a row of zeros in place of none: oneDNN fails on convolutions of empty batches."""
+    is_empty = tf.cast(tf.equal(tf.shape(tensors[0])[0], 0), tf.int32)
+    return [tf.pad(x, [[0, is_empty]] + [[0, 0]] * (x.shape.rank - 1)) for x in tensors]
+
+
 def _mask_logits(features):
     norm = mask_head.HEADS[config.FPN.MRCNN_HEAD_FUNC] if config.MODE_FPN else "None"
     return mask_head.mask_head(
@@ -400,10 +405,7 @@ def _mask_logits(features):
 def _mask_branch(features, box_features, rois, image_shape, gt_masks):
     """Losses and metrics of the masks of the foreground RoIs (in a cascade: of the first stage's)."""
     n, slots = shape_list(rois.labels)
-    foreground = tf.where(rois.is_foreground)
-    # A convolution's gradient needs at least one RoI: without foreground, slot 0 stands in, and counts for nothing.
-    is_empty = tf.cast(tf.equal(tf.shape(foreground)[0], 0), tf.int32)
-    foreground = tf.pad(foreground, [[0, is_empty], [0, 0]])
+    (foreground,) = _at_least_one(tf.where(rois.is_foreground))  # without any, slot 0 stands in and counts for nothing
     boxes, labels, gt_index, is_real = (
         tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index, rois.is_foreground)
     )

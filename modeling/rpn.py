@@ -15,6 +15,7 @@ from tensorpack.compat import tfv1
 from . import box_ops
 from .layers import conv2d, normal_initializer, shape_list
 
+MAX_CELLS = 2**12  # per side of a map; so that 32 bits tell the anchors of five levels apart
 LOWEST = float(tf.float32.min)  # the logit of what is no candidate
 HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
 
@@ -71,7 +72,7 @@ def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
     center = tf.cast(tf.stack([column, row, column, row], axis=-1) * stride, tf.float32)
     boxes = tf.reshape(center + np.asarray(base_anchors, np.float32), [-1, 4])
     digits = [tf.cast(x, tf.int64) for x in (row, column, kind)]
-    identity = ((level * 2**14 + digits[0]) * 2**14 + digits[1]) * kinds + digits[2]
+    identity = ((level * MAX_CELLS + digits[0]) * MAX_CELLS + digits[1]) * kinds + digits[2]
     inside = (row[None] < valid_cells[:, 0, None, None, None]) & (column[None] < valid_cells[:, 1, None, None, None])
     is_valid = tf.reshape(tf.repeat(inside, kinds, axis=-1), [tf.shape(valid_cells)[0], -1])
     return Anchors(boxes, tf.reshape(identity, [-1]), is_valid)
@@ -92,7 +93,7 @@ def anchor_targets(
 
     Args:
         anchors: float32 [A, 4]. is_valid: bool [N, A]. image_shape: int32 [N, 2].
-        gt_boxes: float32 [N, G, 4]. gt_labels: int64 [N, G], 0 = padding, -1 = crowd region.
+        gt_boxes: float32 [N, G, 4], G >= 1. gt_labels: int64 [N, G], 0 = padding, -1 = crowd region.
         crowd_overlap: anchors covered by a crowd region to a larger share than this are ignored; >= 1 switches it off
     """
     candidate = is_valid & _is_inside(anchors, image_shape)
@@ -189,7 +190,7 @@ def propose(
         pre_nms_topk: candidates per group. post_nms_topk: kept per group and, over all groups, in the end.
         max_log_size: see `box_ops.decode`
     Returns:
-        Proposals, P = `post_nms_topk` or the number of candidates if that is less
+        Proposals, P = `post_nms_topk`, or groups * the largest group's candidates if that is less
     """
     boxes, best_logits = [], []
     for group_logits, group_deltas, group_anchors in zip(logits, deltas, anchors):
@@ -198,7 +199,7 @@ def propose(
         references = tf.gather(group_anchors.boxes, index)
         best_deltas = tf.gather(group_deltas, index, batch_dims=1)
         group_boxes = box_ops.clip(box_ops.decode(best_deltas, references, max_log_size=max_log_size), image_shape)
-        keep = box_ops.is_larger_than(group_boxes, min_size)
+        keep = box_ops.is_nonempty(group_boxes, min_size)
         boxes.append(group_boxes)
         best_logits.append(tf.where(keep, group_logits, LOWEST))
     return _suppress_and_rank(boxes, best_logits, nms_threshold=nms_threshold, keep=post_nms_topk)

@@ -32,7 +32,7 @@ def test_clip_limits_all_four_coordinates_to_each_image():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_only_finite_boxes_with_both_sides_above_the_size_are_larger(bad):
     boxes = [[0, 0, 5, 5.1], [0, 0, 5.1, 5], [1, 1, 6.5, 6.5], [9, 9, 1, 1], [0, 0, bad, 9], [bad, 0, 9, 9]]
-    is_larger = evaluate(lambda boxes: box_ops.is_larger_than(boxes, 5.0), boxes)
+    is_larger = evaluate(lambda boxes: box_ops.is_nonempty(boxes, 5.0), boxes)
     assert is_larger.tolist() == [False, False, True, False, False, False]
 
 
@@ -120,7 +120,7 @@ def test_decoding_limits_growth_but_not_shrinking():
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def keys_of(sample_key, identity, purpose=1):
+def keys_of(sample_key, identity, purpose="anchors"):
     return evaluate(
         lambda *arrays: box_ops.random_keys(*arrays, purpose=purpose), np.int32(sample_key), np.int64(identity)
     )
@@ -146,7 +146,7 @@ def test_random_keys_belong_to_the_candidate_and_not_to_its_index():
 
 def test_random_keys_differ_by_seed_position_and_purpose():
     identity = np.arange(2000)
-    streams = [*keys_of([(5, 1), (6, 1), (5, 2), (1, 5)], identity), keys_of([(5, 1)], identity, purpose=2)[0]]
+    streams = [*keys_of([(5, 1), (6, 1), (5, 2), (1, 5)], identity), keys_of([(5, 1)], identity, purpose="rois")[0]]
     for i, one in enumerate(streams):
         for other in streams[:i]:
             assert np.mean(one == other) < 0.01

@@ -283,12 +283,17 @@ def test_a_batch_is_predicted_as_its_images_alone(overrides, configure, monkeypa
             np.testing.assert_allclose(alone_masks, masks, atol=1e-3)
 
 
-def test_nothing_detected(configure, monkeypatch):
-    configure(*SMALL, "TEST.RESULT_SCORE_THRESH=0.9999")
+@pytest.mark.parametrize(
+    ("overrides", "mask_side"),
+    [([], 28), (["FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head", "MRCNN.HEAD_DIM=8"], 28), (["MODE_FPN=False"], 14)],
+)
+def test_nothing_detected(overrides, mask_side, configure, monkeypatch):
+    """oneDNN makes wrong shapes of convolutions of an empty batch."""
+    configure(*SMALL, "TEST.RESULT_SCORE_THRESH=0.9999", *overrides)
     with tf.Graph().as_default():
         found = InferenceGraph(monkeypatch).predict(*pad([synthetic_image(96, 128, 4, 0)[0]], 32))
     assert found.boxes.shape == (0, 4)
-    assert found.masks.shape == (0, 28, 28)
+    assert found.masks.shape == (0, mask_side, mask_side)
 
 
 def test_padding_of_the_batch_has_no_anchors(configure, monkeypatch):
@@ -320,8 +325,11 @@ def test_bfloat16_is_close_to_float32(configure, monkeypatch):
 def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(configure):
     configure(*SMALL, "FPN.CASCADE=True")
     with tf.Graph().as_default() as graph:
-        assert all(gradient is not None for gradient in TrainingGraph().gradients.values())
-        kinds = {op.type for op in graph.get_operations()}
+        gradients = TrainingGraph().gradients
+        assert all(gradient is not None for gradient in gradients.values())
+        names = [gradient.op.name for gradient in gradients.values()]
+        run = tfv1.graph_util.extract_sub_graph(graph.as_graph_def(), names)
+        kinds = {node.op for node in run.node}
     assert "CropAndResizeGradImage" in kinds
     assert "CropAndResizeGradBoxes" not in kinds
 
