@@ -90,8 +90,7 @@ def load_synthetic(session):
     """Give every model variable its synthetic value; returns {name: shape}."""
     variables = checkpoint.model_variables()
     values = synthetic_weights({name: variable.shape for name, variable in variables.items()})
-    for name, variable in variables.items():
-        variable.load(values[name], session)
+    checkpoint.assign(session, {variable: values[name] for name, variable in variables.items()})
     return {name: tuple(variable.shape) for name, variable in variables.items()}
 
 
