@@ -93,6 +93,8 @@ def train(records, val_sets, weights, logdir):
 
     tfv1.disable_eager_execution()
     trainer, devices, rank = make_trainer()
+    if devices > 1 and config.BACKBONE.NORM == "SyncBN":
+        raise ConfigError("BACKBONE.NORM=SyncBN works on one device only so far: use GN or FreezeBN on several")
     if trainer.is_chief:
         logger.set_logger_dir(str(logdir), "k")
         config.save(logdir / checkpoint.CONFIG_FILE)

@@ -321,6 +321,20 @@ def test_bfloat16_is_close_to_float32(configure, monkeypatch):
     assert distance.max() > 0  # it was computed otherwise
 
 
+def test_bfloat16_trains_with_close_losses(configure):
+    batch = training_batch([[96, 128, 3, 1]], multiple=32)
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        configure(*SMALL, f"TRAIN.PRECISION={precision}")
+        with tf.Graph().as_default():
+            graph = TrainingGraph()
+            assert {v.dtype.base_dtype for v in tfv1.trainable_variables()} == {tf.float32}
+            losses.append(graph.run(batch)[0])
+    for name, value in losses[0].items():
+        np.testing.assert_allclose(losses[1][name], value, rtol=0.1, atol=0.01, err_msg=name)
+    assert losses[0]["total_cost"] != losses[1]["total_cost"]
+
+
 def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(configure):
     configure(*SMALL, "FPN.CASCADE=True")
     with tf.Graph().as_default() as graph:
