@@ -1,4 +1,4 @@
-"""What training needs beside tensorpack: the schedule, the input queue, progress.
+"""What training needs beside tensorpack: the schedule, the input queue, checkpoints and initial weights, progress.
 
 A *step* is one run of the training graph: `devices` times `TRAIN.BATCH_SIZE_PER_GPU` images. An *update* of the weights
 is made of one step, or of several whose gradients are accumulated.
@@ -20,16 +20,23 @@ from tensorpack.callbacks import (
     RunUpdateOps,
 )
 from tensorpack.compat import tfv1
-from tensorpack.dataflow import DataFlow
+from tensorpack.dataflow import DataFlow, DataFlowTerminated
 from tensorpack.input_source import QueueInput
 from tensorpack.tfutils.sessinit import SessionInit
 from tensorpack.tfutils.summary import add_moving_summary
 from tensorpack.utils import logger
 
 import checkpoint
+from config import UserError
 
 QUEUE_SIZE = 8  # batches ready to train on; tensorpack's 50 would be gigabytes
 RECIPE_BATCH = 8  # the total batch that BASE_LR and LR_SCHEDULE of the published recipes are written for
+
+
+class Diverged(UserError):
+    """Weights or losses became infinite or NaN."""
+
+    exit_code = 3
 
 
 class Schedule(NamedTuple):
@@ -152,16 +159,27 @@ class Batches(DataFlow):
     """
 
     def __init__(self, batches, names):
+        """
+        Args:
+            batches: iterable of dicts, with a `close`. names: of the arrays, in the order of the model's inputs.
+        """
         self._batches, self._names = batches, names
         self._error = None
+        self._is_closed = False
 
     def __iter__(self):
         try:
             for batch in self._batches:
                 yield [batch[name] for name in self._names]
         except Exception as error:
-            self._error = error
-            raise
+            if not self._is_closed:
+                self._error = error
+            raise DataFlowTerminated from error  # what the queue's thread takes without a traceback
+
+    def close(self):
+        """End the stream. The queue's thread may be waiting for its next batch: that ends, too, and is no error."""
+        self._is_closed = True
+        self._batches.close()
 
     def __len__(self):
         raise NotImplementedError("the stream has no end")
@@ -198,19 +216,27 @@ class Progress(ProgressBar):
     """
 
     def _before_train(self):
-        losses = [x.op.name for x in tfv1.get_collection(tfv1.GraphKeys.LOSSES) if not x.op.name.startswith("tower")]
+        names = [loss.op.name for loss in tfv1.get_collection(tfv1.GraphKeys.LOSSES)]
+        losses = [name for name in names if not re.match(r"tower[1-9]", name)]  # of several towers, the first
         self._names = ["total_cost:0", "data_time:0", *(f"{name}:0" for name in losses)]
-        self._parts = ["cost", "data_s", *(re.sub(r"_loss(es)?|_cost|/.*", "", name) for name in losses)]
+        short = (re.sub(r"^tower0/|_loss(es)?|_cost", "", name).split("/")[0] for name in losses)
+        self._parts = ["cost", "data_s", *short]
         super()._before_train()
 
     def _before_epoch(self):
         super()._before_epoch()
         self._totals, self._epoch_start = Counter(), time.time()
 
+    def _before_run(self, _):
+        return self._fetches
+
     def _after_run(self, context, run_values):
         shown = Counter()
-        for part, value in zip(self._parts, run_values.results or ()):
+        for part, value in zip(self._parts, run_values.results):
             shown[part] += float(value)
+        if not math.isfinite(shown["cost"]):
+            terms = ", ".join(f"{part}={value:.3g}" for part, value in shown.items())
+            raise Diverged(f"the loss is not finite at step {self.global_step}: {terms}; try a lower TRAIN.BASE_LR")
         self._totals.update(shown)
         self._bar.set_postfix({part: f"{value:.3g}" for part, value in shown.items()}, refresh=False)
 

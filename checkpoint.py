@@ -6,6 +6,7 @@ nothing is unpickled. `resolve` needs no TensorFlow, so that a wrong path is ans
 
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def find_config(path):
 
 
 def read(path):
-    """All model variables of a checkpoint: dict from name (without ":0") to float32 array.
+    """All model variables of a checkpoint: dict from name (without ":0") to array, in the file's dtype.
 
     Args:
         path: as returned by `resolve`
@@ -109,12 +110,14 @@ def read(path):
     reader = _read_npz if Path(path).suffix == ".npz" else _read_tensorflow
     try:
         values = reader(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointMismatch(f"checkpoint {path} can't be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointMismatch(f"checkpoint {path} can't be read: {' '.join(str(error).split())[:200]}") from error
     return {name: value for name, value in values.items() if MODEL_VARIABLE.search(name)}
 
 
 def _read_npz(path):
+    if not zipfile.is_zipfile(path):
+        raise OSError("it is no .npz archive")
     with np.load(path, allow_pickle=False) as archive:
         return {name.removesuffix(":0"): archive[name] for name in archive.files}
 

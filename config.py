@@ -32,7 +32,8 @@ class ConfigError(UserError):
     """A setting that is unknown, of the wrong type, out of range or contradictory: one line for each."""
 
 
-# Units: lengths are pixels of the resized image; IoU, ratios and scores lie in 0..1. A step is one weight update.
+# Units: lengths are pixels of the resized image; IoU, ratios and scores lie in 0..1. A step is one run of the graph,
+# an update of the weights is made of one step or, where the batch is small, of several.
 DEFAULTS = dict(
     TRAINER="replicated",  # "replicated": all GPUs of one machine; "horovod": one process per GPU, on any machines
     MODE_MASK=True,  # Mask R-CNN: predict a mask for each box
@@ -51,7 +52,7 @@ DEFAULTS = dict(
         WEIGHTS="",  # file of ImageNet weights to start from; empty: random ones
         RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # bottleneck blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
         WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
-        NORM="FreezeBN",  # FreezeBN (statistics of the weights file), SyncBN (of the batch, all GPUs), GN or None
+        NORM="FreezeBN",  # FreezeBN (statistics of the weights file), SyncBN (of the batch; one device), GN or None
         FREEZE_AFFINE=False,  # FreezeBN: keep scale and shift of every norm fixed, too
         FREEZE_AT=2,  # 0 trains the whole backbone, 1 freezes the stem, 2 also the first stage, ... 5 all
         TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights that were trained so
@@ -65,7 +66,7 @@ DEFAULTS = dict(
         WEIGHT_DECAY=1e-4,  # of convolution and fully connected kernels
         BASE_LR=0.01,  # learning rate at a total batch of 8 images; proportional to the total batch
         WARMUP=1000,  # first steps, in which the learning rate rises linearly; whatever the batch
-        WARMUP_INIT_LR=1e-5,  # where it starts, at a total batch of 8
+        WARMUP_INIT_LR=1e-5,  # where it starts, whatever the batch
         STEPS_PER_EPOCH=500,  # an epoch is a unit of reporting, not a pass over the data
         STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last

@@ -9,6 +9,7 @@ config.py explains every setting. The run's logs, checkpoints and configuration 
 # once, and the workers that load images, which run the top of this file too, stay light.
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ from dataset import get_dataset
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the defaults")
-    parser.add_argument("--logdir", default="train_log/rcnn", help="new directory for logs and checkpoints")
+    parser.add_argument(
+        "--logdir", default="train_log/rcnn", help="new directory for logs and checkpoints (%(default)s)"
+    )
     parser.add_argument("--load", metavar="CHECKPOINT", help="detector to fine-tune: .npz, TensorFlow checkpoint, run")
     return parser.parse_args(arguments)
 
@@ -51,8 +54,11 @@ def main(arguments):
 def new_directory(logdir):
     """A run never touches what another run has written."""
     logdir = Path(logdir)
-    if logdir.exists() and (not logdir.is_dir() or any(logdir.iterdir())):
-        raise ConfigError(f"{logdir} exists already: choose another --logdir")
+    try:
+        if logdir.exists() and (not logdir.is_dir() or any(logdir.iterdir())):
+            raise ConfigError(f"{logdir} exists already: choose another --logdir")
+    except OSError as error:
+        raise ConfigError(f"{logdir} can't be the --logdir: {error.strerror}") from error
     return logdir
 
 
@@ -131,7 +137,7 @@ def train(records, val_sets, weights, logdir):
         ),
         trainer,
     )
-    stream.close()
+    batches.close()
     batches.raise_error()
 
 
@@ -142,6 +148,8 @@ def make_trainer():
     from tensorpack.utils import logger
 
     if config.TRAINER == "horovod":
+        if importlib.util.find_spec("horovod") is None:
+            raise ConfigError("TRAINER=horovod needs Horovod: run `make horovod` first")
         trainer = HorovodTrainer(average=True)
         logger.info(f"Training with Horovod: rank {trainer.hvd.rank()} of {trainer.hvd.size()}.")
         return trainer, trainer.hvd.size(), trainer.hvd.rank()
@@ -179,3 +187,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -84,6 +84,7 @@ def last_metric(run, name):
 
 def draw(run):
     """Pictures of the first images of the validation set: predictions on the left, ground truth on the right."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from eval import load_predictor, predict_images  # imports TensorFlow, which the training has used until now
 
     newest = checkpoint.resolve(run)

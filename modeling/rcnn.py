@@ -15,7 +15,7 @@ from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorpack import ModelDesc
 from tensorpack.compat import tfv1
 from tensorpack.models import regularize_cost
-from tensorpack.tfutils.optimizer import AccumGradOptimizer
+from tensorpack.tfutils.optimizer import ProxyOptimizer
 from tensorpack.tfutils.summary import add_moving_summary
 
 import boxes as np_boxes
@@ -76,10 +76,38 @@ class RCNN(ModelDesc):
     def optimizer(self):
         learning_rate = tfv1.get_variable("learning_rate", initializer=self._learning_rate, trainable=False)
         tfv1.summary.scalar("learning_rate-summary", learning_rate)
-        if self._accumulate == 1:
-            return tfv1.train.MomentumOptimizer(learning_rate, 0.9)
-        # The accumulator holds a sum, an update is for the mean.
-        return AccumGradOptimizer(tfv1.train.MomentumOptimizer(learning_rate / self._accumulate, 0.9), self._accumulate)
+        optimizer = tfv1.train.MomentumOptimizer(learning_rate, 0.9)
+        return optimizer if self._accumulate == 1 else AccumulatedOptimizer(optimizer, self._accumulate)
+
+
+class AccumulatedOptimizer(ProxyOptimizer):
+    """Updates with the mean gradient of every `steps` steps.
+
+    tensorpack's own decides on a count that it reads before or after counting the step, as it happens: some updates
+    come a step early or late.
+    """
+
+    def __init__(self, optimizer, steps):
+        super().__init__(optimizer, "Accumulated")
+        self._steps = steps
+
+    def apply_gradients(self, grads_and_vars, global_step=None, name=None):
+        gradients, variables = zip(*[(g, v) for g, v in grads_and_vars if g is not None])
+        with tf.control_dependencies(None):
+            sums = [self._zeros_slot(variable, "accum", self._name) for variable in variables]
+            counter = tfv1.Variable(0, name="accumulated_steps", trainable=False)
+        count = tf.identity(counter.assign_add(1))
+        added = [total.assign_add(gradient) for total, gradient in zip(sums, gradients)]
+
+        def update():
+            means = [total.read_value() / self._steps for total in sums]
+            applied = self._opt.apply_gradients(list(zip(means, variables)))
+            with tf.control_dependencies([applied]):
+                return tf.group(*[total.assign(tf.zeros_like(total)) for total in sums])
+
+        with tf.control_dependencies([count, *added]):
+            done = tf.cond(tf.equal(count % self._steps, 0), update, tf.no_op)
+        return tf.group(done, name=name)
 
 
 def build_training(image, image_shape, gt_boxes, gt_labels, image_id, sample_key, gt_masks=None):

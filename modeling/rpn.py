@@ -21,7 +21,7 @@ HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
 
 
 class Anchors(NamedTuple):
-    """The anchors of one level."""
+    """The anchors of one level, or of all levels joined."""
 
     boxes: tf.Tensor  # float32 [A, 4]
     identity: tf.Tensor  # int64 [A]: who an anchor is, whatever the size of the map

@@ -1,9 +1,16 @@
 """The schedule, and how data reaches the trainer."""
 
+import contextlib
+import threading
+
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorpack.compat import tfv1
+from tensorpack.dataflow import DataFlowTerminated
 
 import callbacks
+from modeling.rcnn import AccumulatedOptimizer
 
 RECIPE = dict(
     base_lr=0.01,
@@ -66,7 +73,57 @@ def test_batches_keep_the_error_that_ended_them():
     iterator = iter(batches)
     assert next(iterator) == [1, 2]
     batches.raise_error()  # nothing yet
-    with pytest.raises(ValueError):
+    with pytest.raises(DataFlowTerminated):
         next(iterator)
     with pytest.raises(ValueError, match="broken image 7"):
         batches.raise_error()
+
+
+def test_closing_a_stream_that_is_waited_for_is_no_error():
+    waited, closed = threading.Event(), threading.Event()
+
+    class Slow:
+        def __iter__(self):
+            yield {"a": 1}
+            waited.set()
+            closed.wait(10)
+            raise RuntimeError("the stream of training data has been closed")
+
+        def close(self):
+            closed.set()
+
+    batches = callbacks.Batches(Slow(), ["a"])
+    thread = threading.Thread(target=drain, args=[batches])
+    thread.start()
+    assert waited.wait(10)
+    batches.close()
+    thread.join(10)
+    batches.raise_error()
+
+
+def drain(batches):
+    with contextlib.suppress(DataFlowTerminated):
+        for _ in batches:
+            pass
+
+
+def test_accumulated_updates_are_momentum_steps_on_means():
+    steps, rate = 3, 0.1
+    gradients = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    weight, momentum, expected = np.zeros(2), np.zeros(2), []
+    for i in range(len(gradients)):
+        if i % steps == steps - 1:
+            momentum = 0.9 * momentum + gradients[i - steps + 1 : i + 1].mean(axis=0)
+            weight = weight - rate * momentum
+        expected.append(weight)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        variable = tfv1.get_variable("x", [2], initializer=tf.zeros_initializer())
+        gradient = tfv1.placeholder(tf.float32, [2])
+        optimizer = AccumulatedOptimizer(tfv1.train.MomentumOptimizer(rate, 0.9), steps)
+        step = optimizer.apply_gradients([(gradient, variable)])
+        session.run(tfv1.global_variables_initializer())
+        found = []
+        for value in gradients:
+            session.run(step, {gradient: value})
+            found.append(session.run(variable))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -119,7 +119,15 @@ class TestTraining:
         assert result.returncode == 4
         assert result.stderr.strip().splitlines()[-1].startswith("train.py: ")
         assert image.name in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
         assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+    def test_a_diverged_run_ends_with_an_error_and_saves_nothing(self, basedir, tmp_path):
+        settings = [*SETTINGS, f"DATA.BASEDIR={basedir}", "TRAIN.BASE_LR=1e9", "TRAIN.WARMUP=0"]
+        result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
+        assert result.returncode == 3
+        assert "the loss is not finite at step" in result.stderr.strip().splitlines()[-1]
+        assert not list((tmp_path / "run").glob("model-*"))
 
 
 @pytest.mark.slow
