@@ -130,11 +130,11 @@ def build_training(image, image_shape, gt_boxes, gt_labels, image_id, sample_key
         batch_per_image=config.FRCNN.BATCH_PER_IM,
         foreground_ratio=config.FRCNN.FG_RATIO,
     )
-    features = _RoIFeatures(features, strides, training=True)
-    box_losses, box_metrics, box_features = _box_branch(features, rois, image_shape, gt_boxes, gt_labels)
+    roi_features = _RoIFeatures(features, strides, training=True)
+    box_losses, box_metrics, box_features = _box_branch(roi_features, rois, image_shape, gt_boxes, gt_labels)
     losses, metrics = {**losses, **box_losses}, {**metrics, **box_metrics}
     if config.MODE_MASK:
-        mask_losses, mask_metrics = _mask_branch(features, box_features, rois, image_shape, gt_masks)
+        mask_losses, mask_metrics = _mask_branch(roi_features, box_features, rois, image_shape, gt_masks)
         losses, metrics = {**losses, **mask_losses}, {**metrics, **mask_metrics}
     return losses, metrics
 
@@ -150,12 +150,12 @@ def build_inference(image, image_shape):
     features, strides = _features(image, image_shape, training=False)
     logits, deltas, anchors = _rpn(features, strides, image_shape)
     proposals = _propose(logits, deltas, anchors, image_shape, training=False)
-    features = _RoIFeatures(features, strides, training=False)
-    detections = _detect(features, proposals, image_shape)
+    roi_features = _RoIFeatures(features, strides, training=False)
+    detections = _detect(roi_features, proposals, image_shape)
     if not config.MODE_MASK:
         return detections
-    boxes, labels, image = _at_least_one(detections.boxes, detections.labels, detections.image_index)
-    logits = mask_head.of_label(_mask_logits(features.for_masks(boxes, image)), tf.maximum(labels, 1))
+    boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
+    logits = mask_head.of_label(_mask_logits(roi_features.for_masks(boxes, image_index)), tf.maximum(labels, 1))
     return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
 
 
@@ -186,7 +186,7 @@ def _compute_dtype(training):
 
 
 def _features(image, image_shape, *, training):
-    """The maps that the proposals are made from, and their strides in pixels."""
+    """Maps for the proposals, [N, H / stride, W / stride, C] in the compute dtype, and their strides in pixels."""
     num_blocks = config.BACKBONE.RESNET_NUM_BLOCKS
     features = resnet(
         tf.cast(_normalise(image, image_shape), _compute_dtype(training)),
@@ -251,7 +251,7 @@ class _RoIFeatures:
 
 
 def _rpn(features, strides, image_shape):
-    """RPN head and anchors of every level: lists of logits [N, A], deltas [N, A, 4], rpn.Anchors."""
+    """RPN head and anchors of every level: lists of float32 logits [N, A], deltas [N, A, 4], rpn.Anchors."""
     sizes, ratios = config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS
     size_of_level = [[size] for size in sizes] if config.MODE_FPN else [sizes]
     base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
@@ -276,11 +276,11 @@ def _valid_cells(image_shape, stride):
 
 
 def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sample_key):
-    logits, deltas = tf.concat(logits, axis=1), tf.concat(deltas, axis=1)
-    boxes, identity = (tf.concat([getattr(level, x) for level in anchors], axis=0) for x in ("boxes", "identity"))
+    """Losses and metrics of the RPN, from the lists of `_rpn`."""
+    logits, deltas, anchors = rpn.join_levels(logits, deltas, anchors)
     targets = rpn.anchor_targets(
-        boxes,
-        tf.concat([level.is_valid for level in anchors], axis=1),
+        anchors.boxes,
+        anchors.is_valid,
         image_shape,
         gt_boxes,
         gt_labels,
@@ -291,10 +291,10 @@ def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sampl
     losses, picked = rpn.rpn_losses(
         logits,
         deltas,
-        boxes,
+        anchors.boxes,
         targets,
         gt_boxes,
-        box_ops.random_keys(sample_key, identity, purpose="anchors"),
+        box_ops.random_keys(sample_key, anchors.identity, purpose="anchors"),
         batch_per_image=config.RPN.BATCH_PER_IM,
         foreground_ratio=config.RPN.FG_RATIO,
     )
@@ -310,13 +310,12 @@ def _max_log_size():
 
 
 def _propose(logits, deltas, anchors, image_shape, *, training):
+    """rpn.Proposals, from the lists of `_rpn`."""
     phase = "TRAIN" if training else "TEST"
     if config.MODE_FPN and config.FPN.PROPOSAL_MODE == "Level":
         pre_nms_topk = post_nms_topk = getattr(config.RPN, f"{phase}_PER_LEVEL_NMS_TOPK")
     else:
-        logits, deltas = [tf.concat(logits, axis=1)], [tf.concat(deltas, axis=1)]
-        boxes, identity = (tf.concat([getattr(level, x) for level in anchors], axis=0) for x in ("boxes", "identity"))
-        anchors = [rpn.Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))]
+        logits, deltas, anchors = ([joined] for joined in rpn.join_levels(logits, deltas, anchors))
         pre_nms_topk, post_nms_topk = (getattr(config.RPN, f"{phase}_{x}_NMS_TOPK") for x in ("PRE", "POST"))
     return rpn.propose(
         logits,
@@ -349,9 +348,9 @@ def _head_outputs(x, scope, *, class_agnostic):
             return box_head.box_outputs(x, **outputs)
 
 
-def _run_cascade(features, boxes, is_valid, image_shape):
+def _run_cascade(roi_features, boxes, is_valid, image_shape):
     def head(index, boxes):
-        x = features.for_boxes(tf.reshape(boxes, [-1, 4]), box_head.image_index(boxes))
+        x = roi_features.for_boxes(tf.reshape(boxes, [-1, 4]), box_head.image_index(boxes))
         x = cascade.scale_gradient(x, 1.0 / len(config.CASCADE.IOUS))
         return _head_outputs(x, f"cascade_rcnn_stage{index + 1}", class_agnostic=True)
 
@@ -365,16 +364,16 @@ def _run_cascade(features, boxes, is_valid, image_shape):
     )
 
 
-def _box_branch(features, rois, image_shape, gt_boxes, gt_labels):
+def _box_branch(roi_features, rois, image_shape, gt_boxes, gt_labels):
     """Losses and metrics of the box head, or of every stage of a cascade; and the RoIs' features, if not a cascade."""
     if not config.FPN.CASCADE:
-        x = features.for_boxes(tf.reshape(rois.boxes, [-1, 4]), box_head.image_index(rois.boxes))
+        x = roi_features.for_boxes(tf.reshape(rois.boxes, [-1, 4]), box_head.image_index(rois.boxes))
         class_logits, deltas = _head_outputs(x, "fastrcnn", class_agnostic=False)
         losses = box_head.box_losses(class_logits, deltas, rois, gt_boxes, weights=config.FRCNN.BBOX_REG_WEIGHTS)
         metrics = box_head.box_metrics(class_logits, rois)
         return _prefixed("fastrcnn_losses", losses), _prefixed("fastrcnn", metrics), x
     losses, metrics = {}, {}
-    stages, _ = _run_cascade(features, rois.boxes, rois.is_valid, image_shape)
+    stages, _ = _run_cascade(roi_features, rois.boxes, rois.is_valid, image_shape)
     for index, (stage, iou) in enumerate(zip(stages, config.CASCADE.IOUS)):
         if index > 0:
             rois = box_head.label_rois(stage.boxes, stage.is_valid, gt_boxes, gt_labels, foreground_iou=iou)
@@ -385,14 +384,14 @@ def _box_branch(features, rois, image_shape, gt_boxes, gt_labels):
     return losses, metrics, None
 
 
-def _detect(features, proposals, image_shape):
+def _detect(roi_features, proposals, image_shape):
     """Classify and refine the proposals, and keep the best: Detections without masks."""
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
     if config.FPN.CASCADE:
-        stages, boxes = _run_cascade(features, proposals.boxes, proposals.is_valid, image_shape)
+        stages, boxes = _run_cascade(roi_features, proposals.boxes, proposals.is_valid, image_shape)
         probabilities, boxes = cascade.mean_probabilities(stages), boxes[:, :, None, :]
     else:
-        x = features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
+        x = roi_features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
         class_logits, deltas = _head_outputs(x, "fastrcnn", class_agnostic=False)
         probabilities = tf.nn.softmax(class_logits)
         deltas = tf.reshape(deltas, [n, slots, config.DATA.NUM_CATEGORY + 1, 4])[:, :, 1:]
@@ -430,7 +429,7 @@ def _mask_logits(features):
     )
 
 
-def _mask_branch(features, box_features, rois, image_shape, gt_masks):
+def _mask_branch(roi_features, box_features, rois, image_shape, gt_masks):
     """Losses and metrics of the masks of the foreground RoIs (in a cascade: of the first stage's)."""
     n, slots = shape_list(rois.labels)
     (foreground,) = _at_least_one(tf.where(rois.is_foreground))  # without any, slot 0 stands in and counts for nothing
@@ -438,7 +437,7 @@ def _mask_branch(features, box_features, rois, image_shape, gt_masks):
         tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index, rois.is_foreground)
     )
     image, slot = tf.unstack(tf.cast(foreground, tf.int32), axis=1)
-    x = features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
+    x = roi_features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
     logits = mask_head.of_label(_mask_logits(x), tf.maximum(labels, 1))
     targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
     loss = mask_head.mask_loss(logits, targets, image, is_real, num_images=n)

@@ -78,6 +78,13 @@ def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
     return Anchors(boxes, tf.reshape(identity, [-1]), is_valid)
 
 
+def join_levels(logits, deltas, anchors):
+    """All levels as one: lists of [N, A], [N, A, 4] and Anchors -> [N, A'], [N, A', 4] and Anchors."""
+    boxes, identity = (tf.concat([getattr(level, name) for level in anchors], axis=0) for name in ("boxes", "identity"))
+    joined = Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))
+    return tf.concat(logits, axis=1), tf.concat(deltas, axis=1), joined
+
+
 class AnchorTargets(NamedTuple):
     """What each anchor should become."""
 
