@@ -160,15 +160,11 @@ def box_metrics(class_logits, rois):
     predicted = tf.reshape(tf.argmax(class_logits, axis=1), tf.shape(rois.labels))
     is_right = tf.equal(predicted, rois.labels)
 
-    def share(part, whole):
-        count = tf.reduce_sum(tf.cast(whole, tf.float32))
-        return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(part & whole, tf.float32)), count)
-
     return {
         "num_foreground": tf.reduce_mean(tf.reduce_sum(tf.cast(rois.is_foreground, tf.float32), axis=1)),
-        "accuracy": share(is_right, rois.is_valid),
-        "foreground_accuracy": share(is_right, rois.is_foreground),
-        "missed": share(tf.equal(predicted, 0), rois.is_foreground),
+        "accuracy": box_ops.share(is_right, rois.is_valid),
+        "foreground_accuracy": box_ops.share(is_right, rois.is_foreground),
+        "missed": box_ops.share(tf.equal(predicted, 0), rois.is_foreground),
     }
 
 

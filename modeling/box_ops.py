@@ -156,6 +156,12 @@ def _count(mask):
     return tf.reduce_sum(tf.cast(mask, tf.int32), axis=1, keepdims=True)
 
 
+def share(part, whole):
+    """The share of the true entries of bool `whole` that are true in `part`, of the same shape: a scalar, 0 of none."""
+    count = tf.reduce_sum(tf.cast(whole, tf.float32))
+    return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(part & whole, tf.float32)), count)
+
+
 def batched_nms(boxes, scores, *, iou_threshold, max_output):
     """Greedy non-maximum suppression in many independent problems at once: B images, or images and levels.
 

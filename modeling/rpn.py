@@ -173,17 +173,13 @@ def rpn_metrics(logits, picked):
     found = positive & picked.is_foreground
     return {
         "rpn/num_foreground": _mean_count(picked.is_foreground),
-        "rpn/accuracy": _ratio(correct, picked.is_valid),
-        "rpn/recall": _ratio(found, picked.is_foreground),
+        "rpn/accuracy": box_ops.share(correct, picked.is_valid),
+        "rpn/recall": box_ops.share(found, picked.is_foreground),
     }
 
 
 def _mean_count(mask):
     return tf.reduce_mean(tf.reduce_sum(tf.cast(mask, tf.float32), axis=1))
-
-
-def _ratio(part, whole):
-    return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(part, tf.float32)), tf.reduce_sum(tf.cast(whole, tf.float32)))
 
 
 def propose(
