@@ -20,6 +20,9 @@ from modeling import rcnn
 GOLDEN = Path(__file__).parent / "golden"
 EVERY_RUN = ["R50-FPN-mask", "R50-FPN-Cascade-mask", "R50-C4-mask"]
 LONG = sorted({p.name.removesuffix("-infer.npz") for p in GOLDEN.glob("*-infer.npz")} - set(EVERY_RUN))
+# Recipes whose hundredth detection stands amid others of the very same score (1/3, one stage being certain): which of
+# those make the cut is rounding's choice, so more of ours are admitted; the scores must be the same nevertheless.
+CUT_AMID_EQUALS = {"R101-FPN-Cascade-mask": ["TEST.RESULTS_PER_IM=300"]}
 RECIPES = EVERY_RUN + [pytest.param(recipe, marks=pytest.mark.long) for recipe in LONG]
 
 SMALL = [
@@ -150,7 +153,7 @@ def share_matched(found, expected, *, tolerance):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_inference_equals_the_reference(recipe, configure, monkeypatch):
     golden = np.load(GOLDEN / f"{recipe}-infer.npz", allow_pickle=False)
-    settings = configure(*golden["overrides"].tolist())
+    settings = configure(*golden["overrides"].tolist(), *CUT_AMID_EQUALS.get(recipe, []))
     with tf.Graph().as_default():
         graph = InferenceGraph(monkeypatch)
         for k in ("image0", "image1"):
@@ -166,6 +169,7 @@ def test_inference_equals_the_reference(recipe, configure, monkeypatch):
             detections = graph.predict(*inputs)
             found = detections.boxes, detections.scores, detections.labels
             assert share_matched(found, (boxes[kept], scores[kept], labels[kept]), tolerance=1e-3) >= 0.98
+            np.testing.assert_allclose(detections.scores[: len(scores)], scores, atol=1e-3)
             if settings.MODE_MASK:
                 check_masks(detections, boxes, labels, golden[f"{k}/masks_top10"])
 

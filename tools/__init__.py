@@ -1,0 +1,1 @@
+"""Commands beside training and prediction: `python -m tools.NAME --help`."""

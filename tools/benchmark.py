@@ -1,0 +1,389 @@
+"""How long things take: loading data, a training step, inference, what follows it; beside torchvision's model if asked.
+
+    python -m tools.benchmark                                      R50-FPN Mask R-CNN on images of 800x1202
+    python -m tools.benchmark --vs torchvision --precision float32 bfloat16 --batch 1 2
+    python -m tools.benchmark --parts data --config DATA.BASEDIR=/path/to/COCO DATA.TRAIN=coco_train2017
+
+Each measurement is a process of its own. Where two are compared they take turns, so that a noisy machine is noisy for
+both; who waits does nothing. Both do the same work, which is printed: weights are random, so the numbers of proposals,
+RoIs, foreground masks and detections are set by thresholds.
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+
+from config import UserError, config
+from data import pad_images
+
+PARTS = ("data", "training", "inference", "post")
+SIDES = ("this", "torchvision")
+COMPARED = ("training", "inference")  # parts that torchvision has, too
+CLASSES = 80
+OBJECTS = 12  # per image, in training
+FOREGROUND_IOU = 0.1  # low, so that proposals of random weights suffice for all the foreground that a recipe samples
+CANDIDATES = 1000  # (RoI, class) pairs that compete to be detections
+MEBIBYTE = 2**20
+OP_EVENT = re.compile(r"[\w/.]+:\w+")  # how the profiler names the run of an op: name:kind
+
+
+class Case(NamedTuple):
+    """One thing to measure."""
+
+    side: str  # of SIDES
+    part: str  # of PARTS
+    precision: str
+    batch: int  # images
+    size: tuple  # height, width in pixels
+    overrides: tuple  # KEY=VALUE
+    profile: bool  # whether to tell what kinds of ops take the time
+
+
+def synthetic_batch(case):
+    """Images of noise with random objects: only sizes and counts matter.
+
+    Returns:
+        dict: image uint8 [N, H, W, 3], gt_boxes float32 [N, G, 4], gt_labels int64 [N, G], gt_masks bool [N, G, H, W]
+    """
+    rng = np.random.default_rng(0)
+    height, width = case.size
+    sizes = rng.uniform(0.15, 0.6, (case.batch, OBJECTS, 2)) * (width, height)
+    corners = rng.uniform(0, 1, sizes.shape) * ((width, height) - sizes)
+    boxes_xyxy = np.concatenate([corners, corners + sizes], axis=-1).astype(np.float32)
+    masks = np.zeros((case.batch, OBJECTS, height, width), bool)
+    for image, slot in np.ndindex(case.batch, OBJECTS):
+        x1, y1, x2, y2 = boxes_xyxy[image, slot].astype(int)
+        masks[image, slot, y1:y2, x1:x2] = True
+    return {
+        "image": rng.integers(0, 256, (case.batch, height, width, 3)).astype(np.uint8),
+        "gt_boxes": boxes_xyxy,
+        "gt_labels": rng.integers(1, CLASSES + 1, (case.batch, OBJECTS)),
+        "gt_masks": masks,
+    }
+
+
+# ---------------------------------------------------------------- this program: (run, work) of each part
+
+
+def configure(case):
+    """The configuration of a case: R50-FPN with the thresholds for random weights, then what was asked for."""
+    height, width = case.size
+    config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={FOREGROUND_IOU}", "TEST.RESULT_SCORE_THRESH=0.0"])
+    config.update([f"PREPROC.TEST_SHORT_EDGE_SIZE={min(case.size)}", f"PREPROC.MAX_SIZE={max(height, width, 1333)}"])
+    config.update([f"{phase}.PRECISION={case.precision}" for phase in ("TRAIN", "TEST")])
+    config.update([f"{phase}.BATCH_SIZE_PER_GPU={case.batch}" for phase in ("TRAIN", "TEST")])
+    config.update(case.overrides)
+    config.DATA.NUM_CATEGORY = CLASSES
+    config.check()
+
+
+def prepare_training(case):
+    """A step on the same batch again and again: losses, gradients and the update."""
+    from tensorpack.compat import tfv1
+    from tensorpack.tfutils.tower import TowerContext
+
+    from modeling import rcnn
+
+    config.freeze()
+    tfv1.disable_eager_execution()
+    inputs = [tfv1.placeholder(spec.dtype, spec.shape, spec.name) for spec in rcnn.input_signature(training=True)]
+    model = rcnn.RCNN(learning_rate=1e-6)
+    with TowerContext("", is_training=True):
+        cost = model.build_graph(*inputs)
+        step = model.optimizer().minimize(cost)
+    session = tfv1.Session(config=rcnn.session_config())
+    session.run(tfv1.global_variables_initializer())
+    batch = training_batch(case)
+    feed = {placeholder: batch[placeholder.op.name] for placeholder in inputs}
+    graph = tfv1.get_default_graph()
+    counted = {name: graph.get_tensor_by_name(f"fastrcnn/{name}:0") for name in ("num_rois", "num_foreground")}
+    work = {name: float(value) for name, value in session.run(counted, feed).items()}
+    return (lambda **options: session.run([step, cost], feed, **options)), work
+
+
+def training_batch(case):
+    """The batch as the training graph takes it."""
+    from modeling import rcnn
+
+    made = synthetic_batch(case)
+    multiple = rcnn.FPN_STRIDE if config.MODE_FPN else 1
+    image, image_shape = pad_images(list(made["image"]), multiple=multiple)
+    masks = np.zeros((case.batch, OBJECTS, *image.shape[1:3]), bool)
+    masks[:, :, : case.size[0], : case.size[1]] = made["gt_masks"]
+    return made | {
+        "image": image,
+        "image_shape": image_shape,
+        "gt_masks": np.packbits(masks, axis=-1),
+        "image_id": np.arange(case.batch),
+        "sample_key": np.array([[0, i] for i in range(case.batch)], np.int32),
+    }
+
+
+def prepare_inference(case):
+    """From images to detections with masks pasted into them."""
+    import eval as evaluation
+
+    images = list(synthetic_batch(case)["image"])
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "random.npz")
+        config.TEST.RESULT_SCORE_THRESH = save_random_weights(weights, images)
+        config.freeze()
+        predict = evaluation.load_predictor(weights)
+    found = evaluation.predict_images(predict, images)
+    work = {"num_detections": sum(len(one.scores) for one in found) / case.batch}
+    return (lambda: evaluation.predict_images(predict, images)), work
+
+
+def save_random_weights(path, images):
+    """Write random weights, and find the score that CANDIDATES per image lie above with them."""
+    import tensorflow as tf
+    from tensorpack.compat import tfv1
+
+    import checkpoint
+    from modeling import rcnn
+
+    multiple = rcnn.FPN_STRIDE if config.MODE_FPN else 1
+    image, image_shape = pad_images(images[:1], multiple=multiple)
+    with tf.Graph().as_default() as graph, tfv1.Session() as session:
+        rcnn.Inference()
+        session.run(tfv1.global_variables_initializer())
+        np.savez(path, **session.run(checkpoint.model_variables()))
+        softmax = [op.outputs[0] for op in graph.get_operations() if op.type == "Softmax"]
+        feed = {"inference/image:0": image, "inference/image_shape:0": image_shape}
+        scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
+    return float(np.sort(scores, axis=None)[-CANDIDATES])
+
+
+def prepare_data(case):
+    """Making training batches in this process alone: decode, flip, resize, rasterise, pad."""
+    import data
+    from dataset import get_dataset
+
+    config.DATA.NUM_WORKERS = 0
+    config.freeze()
+    names = [config.DATA.TRAIN] if isinstance(config.DATA.TRAIN, str) else config.DATA.TRAIN
+    datasets = [get_dataset(name, config.DATA.BASEDIR) for name in names]
+    records = [record for one in datasets for record in one.records(training=True, masks=config.MODE_MASK)]
+    batches = iter(data.training_data(records))
+    return (lambda: next(batches)), {"num_images": len(records)}
+
+
+PREPARE = {"training": prepare_training, "inference": prepare_inference, "data": prepare_data}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def serve(case, connection):
+    """The process of one case: prepares it, then measures whenever it is told to."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    try:
+        if case.side == "torchvision":
+            from tools import torchvision_peer
+
+            run, work = torchvision_peer.PREPARE[case.part](case, synthetic_batch(case))
+        else:
+            configure(case)
+            run, work = PREPARE[case.part](case)
+        run()
+        connection.send({"work": work})
+        while connection.recv():
+            start = time.perf_counter()
+            run()
+            connection.send({"seconds": time.perf_counter() - start})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        connection.send({"peak": peak, "ops": profile_ops(run) if case.profile else []})
+    except (UserError, ImportError) as error:
+        connection.send({"error": str(error)})
+
+
+def profile_ops(run):
+    """Where one more run spends its time: list of (kind of op, seconds on all threads), the dearest first."""
+    from tensorflow.python.profiler import profiler_v2
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    seconds = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler_v2.start(folder)
+        run()
+        profiler_v2.stop()
+        for path in Path(folder).rglob("*.xplane.pb"):
+            space = xplane_pb2.XSpace.FromString(path.read_bytes())
+            for plane in space.planes:
+                for event in (event for line in plane.lines for event in line.events):
+                    name = plane.event_metadata[event.metadata_id].name
+                    if OP_EVENT.fullmatch(name):
+                        seconds[name.rpartition(":")[2]] += event.duration_ps / 1e12
+    return seconds.most_common()
+
+
+class Worker:
+    """A process that measures one case when it is told to."""
+
+    def __init__(self, case):
+        context = multiprocessing.get_context("spawn")
+        self.case, self.seconds = case, []
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(case, other), daemon=True)
+        self._process.start()
+        other.close()
+        self.work = self._answer()["work"]
+
+    def _answer(self):
+        try:
+            message = self._connection.recv()
+        except EOFError:
+            raise UserError(f"{self.case.side}, {self.case.part}: the process that measures died") from None
+        if "error" in message:
+            raise UserError(f"{self.case.side}, {self.case.part}: {message['error']}")
+        return message
+
+    def measure(self):
+        """Run once more."""
+        self._connection.send(True)
+        self.seconds.append(self._answer()["seconds"] / self.case.batch)
+
+    def finish(self):
+        """The result as a dict: the case, seconds per image, images per second, memory, the work done, ops."""
+        self._connection.send(False)
+        last = self._answer()
+        median = statistics.median(self.seconds)
+        return {
+            **{name: getattr(self.case, name) for name in ("part", "precision", "batch", "side")},
+            "s/img": median,
+            "lowest": min(self.seconds),
+            "highest": max(self.seconds),
+            "img/s": 1 / median,
+            "peak MiB": last["peak"] / MEBIBYTE,
+            "work": self.work,
+            "ops": last["ops"],
+        }
+
+    def kill(self):
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+
+def measure(cases, *, repeat):
+    """Measure cases in turns: list of the results of `Worker.finish`."""
+    workers = []
+    try:
+        for case in cases:  # one after the other: preparing is noisy, too
+            workers.append(Worker(case))
+        for _ in range(repeat):
+            for worker in workers:
+                worker.measure()
+        return [worker.finish() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+# ---------------------------------------------------------------- convolution, for the floor
+
+
+def convolution_rate(precision, *, repeat=5):
+    """Multiply-adds per second of a large 3x3 convolution, 256 channels on a map of 200x304: what the cores can do."""
+    import tensorflow as tf
+    from tensorpack.compat import tfv1
+
+    from modeling import rcnn
+
+    shape, channels = (1, 200, 304, 256), 256
+    with tf.Graph().as_default(), tfv1.Session(config=rcnn.session_config()) as session:
+        dtype = tf.as_dtype(precision)
+        x = tfv1.Variable(tf.cast(tf.ones(shape), dtype))
+        kernel = tfv1.Variable(tf.cast(tf.ones((3, 3, channels, channels)), dtype))
+        run = tf.nn.conv2d(x, kernel, 1, "SAME").op
+        session.run(tfv1.global_variables_initializer())
+        session.run(run)
+        seconds = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            session.run(run)
+            seconds.append(time.perf_counter() - start)
+    return shape[1] * shape[2] * 9 * channels * channels / statistics.median(seconds)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["training", "inference", "post"])
+    parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
+    parser.add_argument("--size", default="800x1202", metavar="HEIGHTxWIDTH", help="of the images (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (%(default)s)")
+    parser.add_argument("--vs", choices=["torchvision"], help="measure that, too, in turns (`make bench` installs it)")
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="another model than R50-FPN")
+    parser.add_argument("--profile", action="store_true", help="print what kinds of ops take the time")
+    parser.add_argument("--json", metavar="FILE", help="write the results there, too")
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    size = tuple(int(edge) for edge in arguments.size.split("x"))
+    if len(size) != 2 or min(size) < 32:
+        raise UserError(f"--size {arguments.size}: give HEIGHTxWIDTH in pixels, 32 at least")
+    results = []
+    for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
+        if part in ("data", "post") and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
+            continue  # neither depends on them
+        sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
+        overrides = tuple(arguments.config)
+        cases = [Case(side, part, precision, batch, size, overrides, arguments.profile) for side in sides]
+        results += measure(cases, repeat=arguments.repeat)
+        print_group(results[-len(cases) :])
+    rates = {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
+    for precision, rate in rates.items():
+        print(f"a large 3x3 convolution in {precision}: {rate / 1e9:.0f} billion multiply-adds per second")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"results": results, "multiply-adds per second": rates}, file, indent=2)
+
+
+def in_process(function, *args):
+    """Call a function in a process of its own, which takes what it leaves behind with it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def print_group(results):
+    """A table of results that were measured in turns; the ratio says how many times faster this program is."""
+    columns = ("part", "precision", "batch", "side", "s/img", "lowest", "highest", "img/s", "peak MiB")
+    rows = [[result[name] for name in columns] for result in results]
+    formats = ("", "", "", "", ".3f", ".3f", ".3f", ".2f", ".0f")
+    print(tabulate(rows, columns, floatfmt=formats))
+    for result in results:
+        print(f"  {result['side']}: " + ", ".join(f"{name} {value:g}" for name, value in result["work"].items()))
+        total = sum(seconds for _, seconds in result["ops"])
+        for kind, seconds in result["ops"][:15]:
+            print(f"    {kind:<28} {seconds:8.3f} s {seconds / total:6.1%}")
+    if len(results) == 2:
+        print(f"  ratio {results[1]['s/img'] / results[0]['s/img']:.2f}: torchvision's time over ours")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

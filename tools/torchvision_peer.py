@@ -1,0 +1,102 @@
+"""torchvision's Mask R-CNN R50-FPN, doing the work that tools/benchmark.py measures ours at. An optional dependency."""
+
+import torch
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+
+def make_model(case, **options):
+    """Stem and first stage frozen, frozen batch norm, our number of classes and our settings of the RPN."""
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
+    )
+    return MaskRCNN(backbone, 81, min_size=min(case.size), max_size=max(*case.size, 1333), **options)
+
+
+def autocast(case):
+    """Mixed precision as PyTorch does it on a CPU."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bfloat16")
+
+
+def as_tensors(images):
+    """uint8 BGR [N, H, W, 3] -> list of float32 RGB [3, H, W] in 0..1"""
+    return [torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float() / 255 for image in images]
+
+
+def counter(work, name, count):
+    """A hook that notes, per call of a module, a number that it computes from the arguments and the output."""
+
+    def hook(module, inputs, output):
+        work[name] = count(inputs, output)
+
+    return hook
+
+
+def prepare_inference(case, batch):
+    """From images to detections with masks pasted into them."""
+    from tools.benchmark import CANDIDATES
+
+    model = make_model(case).eval()
+    images, work = as_tensors(batch["image"]), {}
+    heads = model.roi_heads
+
+    def threshold(inputs, output):
+        scores = output[0].float().softmax(dim=1)[:, 1:].flatten()
+        return float(scores.sort().values[-CANDIDATES * case.batch])
+
+    def run():
+        with torch.inference_mode(), autocast(case):
+            return model(images)
+
+    handle = heads.box_predictor.register_forward_hook(counter(work, "threshold", threshold))
+    heads.score_thresh = 1.0
+    run()
+    handle.remove()
+    heads.score_thresh = work.pop("threshold")
+    work["num_detections"] = sum(len(one["scores"]) for one in run()) / case.batch
+    return run, work
+
+
+def prepare_training(case, batch):
+    """A step on the same batch again and again: losses, gradients and the update."""
+    from tools.benchmark import FOREGROUND_IOU
+
+    model = make_model(case, box_fg_iou_thresh=FOREGROUND_IOU, box_bg_iou_thresh=FOREGROUND_IOU).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    images = as_tensors(batch["image"])
+    targets = [
+        {
+            "boxes": torch.from_numpy(batch["gt_boxes"][i]),
+            "labels": torch.from_numpy(batch["gt_labels"][i]),
+            "masks": torch.from_numpy(batch["gt_masks"][i]).byte(),
+        }
+        for i in range(case.batch)
+    ]
+
+    def run():
+        with autocast(case):
+            losses = model([image.clone() for image in images], targets)
+            cost = sum(losses.values())
+        optimizer.zero_grad()
+        cost.backward()
+        optimizer.step()
+
+    work = {}
+    heads = model.roi_heads
+    handles = [
+        heads.box_predictor.register_forward_hook(
+            counter(work, "num_rois", lambda inputs, output: len(output[0]) / case.batch)
+        ),
+        heads.mask_predictor.register_forward_hook(
+            counter(work, "num_foreground", lambda inputs, output: len(output) / case.batch)
+        ),
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return run, work
+
+
+PREPARE = {"inference": prepare_inference, "training": prepare_training}
