@@ -111,7 +111,7 @@ def compress_rle(rle, height, width):
         raise ValueError(f"RLE size {rle.get('size')} is not the image's [{height}, {width}]")
     counts = rle.get("counts")
     packed = isinstance(counts, str | bytes)
-    runs = _unpack_counts(counts) if packed else np.asarray(counts)
+    runs = _unpack_counts([counts])[0] if packed else np.asarray(counts)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or np.any((runs < 0) | (runs > height * width)):
         raise ValueError("RLE counts are not run lengths")
     if runs.sum() != height * width:
@@ -119,6 +119,21 @@ def compress_rle(rle, height, width):
     if packed:
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     return mask_util.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+
+
+def rle_areas(rles):
+    """The number of pixels of the object in each compressed RLE, int64 [N].
+
+    Raises:
+        ValueError: the runs of one do not add up to its size. Checked here because the native code does not check.
+    """
+    if not rles:
+        return np.zeros(0, np.int64)
+    runs, stops = _unpack_counts([rle["counts"] for rle in rles])
+    starts = np.concatenate([[0], stops[:-1]])
+    if np.any(runs < 0) or np.any(np.add.reduceat(runs, starts) != np.prod([rle["size"] for rle in rles], axis=1)):
+        raise ValueError("RLE counts do not add up to the pixels of the image")
+    return np.add.reduceat(runs * (_places(stops) % 2), starts)
 
 
 def encode_rle(mask):
@@ -178,7 +193,9 @@ def _pixel_columns(boxes_xyxy, cells_wide, *, height, width):
         sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
         is_usable = (np.isfinite(sides) & (sides > 0)).all(axis=1)
     # A pixel whose centre is outside the box gets more from the padding than from the mask: less than 0.5.
-    start, stop = (np.where(is_usable, np.clip(edge, 0, width), 0).astype(int) for edge in (np.floor(low), np.ceil(high)))
+    start, stop = (
+        np.where(is_usable, np.clip(edge, 0, width), 0).astype(int) for edge in (np.floor(low), np.ceil(high))
+    )
     counts = stop - start
     index = np.repeat(np.arange(len(boxes_xyxy)), counts)
     columns = np.arange(len(index)) + np.repeat(start - (np.cumsum(counts) - counts), counts)
@@ -265,29 +282,49 @@ def _cut_polygon(polygon, axis, limit, *, sign):
     return np.array(points, np.float64).reshape(-1, 2)
 
 
-def _unpack_counts(counts):
-    """The run lengths, int64, in the text of a compressed RLE.
+def _unpack_counts(texts):
+    """The run lengths in the texts of several compressed RLEs: (all of them, int64; where each RLE's end in them).
 
     COCO's format: characters from "0" on hold 6 bits, 5 of them data, least significant first; bit 6 says that the
     number goes on; the last character's bit 5 is the sign; from the fourth number on, a number is the difference to the
     one two before it.
     """
-    characters = counts.encode() if isinstance(counts, str) else counts
-    bits = np.frombuffer(characters, np.uint8).astype(np.int64) - ord("0")
+    characters = [text.encode() if isinstance(text, str) else text for text in texts]
+    bits = np.frombuffer(b"".join(characters), np.uint8) - np.uint8(ord("0"))
+    text_ends = np.cumsum([len(each) for each in characters], dtype=np.int64)
     last = (bits & 0x20) == 0
-    if not len(bits) or not last[-1] or np.any((bits < 0) | (bits > 63)):
+    if not all(characters) or not last[text_ends - 1].all() or np.any(bits > 63):
         raise ValueError("RLE counts are cut off or hold a wrong character")
     ends = np.flatnonzero(last)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digits = np.arange(len(bits)) - np.repeat(starts, ends - starts + 1)
-    if digits.max() > 6:
+    lengths = np.diff(ends, prepend=-1)
+    if lengths.max(initial=1) > 7:
         raise ValueError("RLE counts hold a number beyond 32 bits")
-    numbers = np.add.reduceat((bits & 0x1F) << (5 * digits), starts)
-    numbers -= np.where(bits[ends] & 0x10, 1 << (5 * (ends - starts + 1)), 0)
-    # The first number stands alone; differences run from the second (odd places) and from the third (even places) on.
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+    # The last character holds the highest bits and the sign; each one before it adds five bits below.
+    numbers = ((bits[ends] & 0x1F).astype(np.int64) ^ 0x10) - 0x10
+    for back in range(1, int(lengths.max(initial=1))):
+        longer = np.flatnonzero(lengths > back)
+        numbers[longer] = numbers[longer] << 5 | (bits[ends[longer] - back] & 0x1F)
+    stops = np.searchsorted(ends, text_ends)
+    return _undo_differences(numbers, stops), stops
+
+
+def _undo_differences(numbers, stops):
+    """Run lengths of RLEs from their numbers: from the fourth on, each is a difference to the one two before."""
+    place = _places(stops)
+    runs = numbers.copy()
+    for first in (1, 2):  # the odd places, and the even ones but 0
+        chain = np.flatnonzero((place % 2 == first % 2) & (place > 0))
+        sums = np.cumsum(numbers[chain])
+        heads = np.flatnonzero(place[chain] == first)
+        before = sums[heads] - numbers[chain[heads]]  # of the RLEs before
+        runs[chain] = sums - np.repeat(before, np.diff(heads, append=len(chain)))
+    return runs
+
+
+def _places(stops):
+    """For items that are grouped and end at `stops`: the place of each in its group, from 0."""
+    starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)
+    return np.arange(stops[-1] if len(stops) else 0) - np.repeat(starts, stops - starts)
 
 
 def _pack_counts(runs, stops):
@@ -296,9 +333,7 @@ def _pack_counts(runs, stops):
     Args:
         runs: run lengths of all masks, int64. stops: where each mask's end in `runs`.
     """
-    starts = np.concatenate([[0], stops[:-1]])
-    place = np.arange(len(runs)) - np.repeat(starts, stops - starts)
-    numbers = runs - np.where(place > 2, np.roll(runs, 2), 0)
+    numbers = runs - np.where(_places(stops) > 2, np.roll(runs, 2), 0)
     digits = 1
     while np.any((numbers < -(1 << (5 * digits - 1))) | (numbers >= 1 << (5 * digits - 1))):
         digits += 1
