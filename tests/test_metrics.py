@@ -89,7 +89,7 @@ def runs(mask):
 def random_results(rng, annotations, *, num_images=12, num_categories=3):
     """Shifted ground truth, repeated and with wrong classes, and false detections; scores with ties."""
     results = []
-    candidates = [each for each in annotations if not each["iscrowd"]] * 2
+    candidates = annotations * 2
     candidates += random_truth(rng, num_images=num_images, num_categories=num_categories)
     for each in candidates:
         x, y, width, height = np.add(each["bbox"], rng.normal(0, 2, 4)).clip(1, 190).round(2).tolist()
@@ -147,6 +147,17 @@ def test_all_precisions_equal_pycocotools_on_random_results(tmp_path, seed):
         np.testing.assert_allclose(list(each.metrics().values()), expected, rtol=0, atol=1e-12)
         of_class_2 = reference.eval["precision"][:, :, 1, 0, -1].mean()
         assert each.average_precision("IoU=0.5:0.95", label=1) == pytest.approx(of_class_2)
+
+
+def test_of_equal_overlaps_the_last_object_is_taken(tmp_path):
+    """The first detection lies in the middle of two objects; the second one fits the first object only."""
+    truth = [true_object(1, box=(10, 10, 20, 20)), true_object(2, box=(20, 10, 20, 20))]
+    found = [true_object(0, box=(15, 10, 20, 20)), truth[0]]
+    results = [result_for(each, score) for each, score in zip(found, (0.9, 0.8))]
+    path = write_truth(tmp_path, truth)
+    values = coco_metrics(results, path)
+    assert values["mAP(bbox)/IoU=0.5"] == values["mAP(segm)/IoU=0.5"] == pytest.approx(1)
+    assert plain_pycocotools(results, path, "bbox").stats[1] == pytest.approx(1)
 
 
 def test_metric_names(tmp_path):
