@@ -111,7 +111,7 @@ def compress_rle(rle, height, width):
         raise ValueError(f"RLE size {rle.get('size')} is not the image's [{height}, {width}]")
     counts = rle.get("counts")
     packed = isinstance(counts, str | bytes)
-    runs = _unpack_counts(counts) if packed else np.asarray(counts)
+    runs = _unpack_counts([counts])[0] if packed else np.asarray(counts)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or np.any((runs < 0) | (runs > height * width)):
         raise ValueError("RLE counts are not run lengths")
     if runs.sum() != height * width:
@@ -119,6 +119,21 @@ def compress_rle(rle, height, width):
     if packed:
         return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     return mask_util.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+
+
+def rle_areas(rles):
+    """The number of pixels of the object in each compressed RLE, int64 [N].
+
+    Raises:
+        ValueError: the runs of one do not add up to its size. Checked here because the native code does not check.
+    """
+    if not rles:
+        return np.zeros(0, np.int64)
+    runs, stops = _unpack_counts([rle["counts"] for rle in rles])
+    starts = np.concatenate([[0], stops[:-1]])
+    if np.any(runs < 0) or np.any(np.add.reduceat(runs, starts) != np.prod([rle["size"] for rle in rles], axis=1)):
+        raise ValueError("RLE counts do not add up to the pixels of the image")
+    return np.add.reduceat(runs * (_places(stops) % 2), starts)
 
 
 def encode_rle(mask):
@@ -133,55 +148,96 @@ def pack_masks(masks):
 
 
 def paste_mask(mask, box_xyxy, height, width):
-    """A mask predicted for a box, put into its image: uint8 [H, W] of 0 and 1.
-
-    The mask's cells fill the box and are surrounded by cells of 0; a pixel is 1 where the bilinear interpolation
-    between the cells' centres, taken at the pixel's centre, is at least 0.5. Boxes may reach outside the image; an
-    empty one gives an empty mask.
-
-    Args:
-        mask: float [M, M] (or any [rows, columns]), probabilities in [0, 1].
-        box_xyxy: float [4], pixels of the image.
-
-    Interpolates along one axis after the other, and only over the part of the image that the box can reach. (Two matrix
-    products would do the same, but wait many times as long for BLAS threads when other work keeps the cores busy.)
-    """
-    cells_high, cells_wide = np.shape(mask)
-    padded = np.zeros((cells_high + 2, cells_wide + 2), np.float32)
-    padded[1:-1, 1:-1] = mask
-    x1, y1, x2, y2 = np.asarray(box_xyxy, np.float64).tolist()
-    rows, cells_y, weights_y = _interpolation(y1, y2, cells_high, height)
-    columns, cells_x, weights_x = _interpolation(x1, x2, cells_wide, width)
-    lines = padded[cells_y] + weights_y[:, None] * np.diff(padded, axis=0)[cells_y]
-    # In place, because this is as large as the box.
-    values = np.diff(lines, axis=1).take(cells_x, axis=1)
-    values *= weights_x
-    values += lines.take(cells_x, axis=1)
-    pasted = np.zeros((height, width), np.uint8)
-    np.greater_equal(values, 0.5, out=pasted[rows, columns].view(bool))
-    return pasted
+    """A mask predicted for a box, put into its image: uint8 [H, W] of 0 and 1. See `paste_rle`."""
+    return mask_util.decode(paste_rle(np.asarray(mask)[None], [box_xyxy], height, width)[0])
 
 
-def _interpolation(low, high, cells, pixels):
-    """Where pixel centres lie between the cell centres of a mask with one cell of padding, along one axis.
+def paste_rle(masks, boxes_xyxy, height, width):
+    """Masks predicted for boxes, put into their image: a list of N of COCO's compressed RLEs, as of `encode_rle`.
+
+    A mask's cells fill its box and are surrounded by cells of 0; a pixel belongs to the object where the bilinear
+    interpolation between the cells' centres, taken at the pixel's centre, is at least 0.5. Boxes may reach outside the
+    image; one that is empty or not finite gives an empty mask.
 
     Args:
-        low, high: extent of the mask without its padding, in pixels.
-        cells: of the mask, without the two of padding.
-        pixels: of the image.
+        masks: float [N, M, M] (or any [N, rows, columns]), probabilities in [0, 1].
+        boxes_xyxy: float [N, 4], pixels of the image.
 
-    Returns:
-        The slice of pixels that the mask can reach, and for each of them the cell whose centre is at or before the
-        pixel's, int64, and how far the pixel's centre is on the way to the next cell's, float32 in [0, 1].
+    No pixel is looked at: down a column of pixels the interpolation is linear from cell to cell, so that where it
+    crosses 0.5 follows from the two cells, and the crossings of all columns are the ends of the runs.
     """
-    cell = (high - low) / cells
-    if not 0 < cell < np.inf:
-        return slice(0, 0), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    masks, boxes_xyxy = np.asarray(masks, np.float32), np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+    if not len(masks):
+        return []
+    _, cells_high, cells_wide = masks.shape
+    padded = np.zeros((len(masks), cells_wide + 2, cells_high + 2), np.float32)
+    padded[:, 1:-1, 1:-1] = masks.transpose(0, 2, 1)
+    index, columns, cells, weights = _pixel_columns(boxes_xyxy, cells_wide, height=height, width=width)
+    # lines[i]: the cells of a whole mask, from top to bottom, interpolated at the pixel column i.
+    lines = padded[index, cells]
+    lines += weights[:, None] * (padded[index, cells + 1] - lines)
+    line, rows = _crossings(lines, *boxes_xyxy[index][:, [1, 3]].T)
+    ends = columns[line] * height + np.clip(rows, 0, height).astype(np.int64)
+    return _rle_of_ends(index[line], ends, len(masks), height, width)
+
+
+def _pixel_columns(boxes_xyxy, cells_wide, *, height, width):
+    """The columns of pixels that each box reaches, and where they lie between the cells of its mask.
+
+    Returns, with one entry for each column of each box, in this order: the box's index and the pixel column, int64; the
+    column of cells, counted in the mask with its padding, whose centre is at or before the pixel's, int64; and how far
+    the pixel's centre is on the way to the next cell's, float32 in [0, 1].
+    """
+    low, high = boxes_xyxy[:, 0], boxes_xyxy[:, 2]
+    with np.errstate(invalid="ignore"):
+        sides = boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
+        is_usable = (np.isfinite(sides) & (sides > 0)).all(axis=1)
     # A pixel whose centre is outside the box gets more from the padding than from the mask: less than 0.5.
-    start, stop = np.clip([np.floor(low), np.ceil(high)], 0, pixels).astype(int)
-    positions = np.clip((np.arange(start, stop) + 0.5 - low) / cell + 0.5, 0, cells + 1)
-    before = np.minimum(positions.astype(np.int64), cells)
-    return slice(start, stop), before, (positions - before).astype(np.float32)
+    start, stop = (
+        np.where(is_usable, np.clip(edge, 0, width), 0).astype(int) for edge in (np.floor(low), np.ceil(high))
+    )
+    counts = stop - start
+    index = np.repeat(np.arange(len(boxes_xyxy)), counts)
+    columns = np.arange(len(index)) + np.repeat(start - (np.cumsum(counts) - counts), counts)
+    positions = (columns + 0.5 - low[index]) / (sides[index, 0] / cells_wide) + 0.5
+    positions = np.clip(positions, 0, cells_wide + 1)
+    cells = np.minimum(positions.astype(np.int64), cells_wide)
+    return index, columns, cells, (positions - cells).astype(np.float32)
+
+
+def _crossings(lines, low, high):
+    """Where lines of cells cross 0.5: the index of the line, and the first row of pixels on the other side, float.
+
+    Args:
+        lines: float32 [L, cells + 2], whose first and last cell are 0. low, high: float64 [L], where a line's first
+            cell begins and its last one ends, the padding not counted, in pixels.
+    """
+    is_object = lines >= 0.5
+    line, cell = np.divmod(np.flatnonzero(is_object[:, 1:] != is_object[:, :-1]), lines.shape[1] - 1)
+    before, after = lines[line, cell].astype(np.float64), lines[line, cell + 1]
+    low, high = low[line], high[line]
+    centre = low + (cell - 0.5 + (0.5 - before) / (after - before)) * (high - low) / (lines.shape[1] - 2)
+    # 0.5 belongs to the object: a row whose centre lies just there is its first, or its last. Rounding must not decide.
+    slack = 1e-9
+    return line, np.where(after > before, np.ceil(centre - 0.5 - slack), np.floor(centre - 0.5 + slack) + 1)
+
+
+def _rle_of_ends(index, ends, num_masks, height, width):
+    """RLEs of masks whose pixels, column by column, change between 0 and 1 before the pixels `ends`; twice is never.
+
+    Args:
+        index: int64 [E], which of the masks. ends: int64 [E], in [0, H * W].
+    """
+    pixels = height * width
+    span = pixels + 1
+    last = np.arange(num_masks) * span + pixels  # the last run of each mask ends with the image
+    keys = np.sort(np.concatenate([(index * span + ends)[ends < pixels], last]), kind="stable")
+    keys, times = np.unique(keys, return_counts=True)
+    keys = keys[times % 2 == 1]
+    stops = np.searchsorted(keys, last) + 1
+    runs = np.diff(keys, prepend=-1)
+    runs[np.concatenate([[0], stops[:-1]])] -= 1
+    return [{"size": [height, width], "counts": text} for text in _pack_counts(runs, stops)]
 
 
 def _as_boxes(boxes):
@@ -226,26 +282,66 @@ def _cut_polygon(polygon, axis, limit, *, sign):
     return np.array(points, np.float64).reshape(-1, 2)
 
 
-def _unpack_counts(counts):
-    """The run lengths, int64, in the text of a compressed RLE.
+def _unpack_counts(texts):
+    """The run lengths in the texts of several compressed RLEs: (all of them, int64; where each RLE's end in them).
 
     COCO's format: characters from "0" on hold 6 bits, 5 of them data, least significant first; bit 6 says that the
     number goes on; the last character's bit 5 is the sign; from the fourth number on, a number is the difference to the
     one two before it.
     """
-    characters = counts.encode() if isinstance(counts, str) else counts
-    bits = np.frombuffer(characters, np.uint8).astype(np.int64) - ord("0")
+    characters = [text.encode() if isinstance(text, str) else text for text in texts]
+    bits = np.frombuffer(b"".join(characters), np.uint8) - np.uint8(ord("0"))
+    text_ends = np.cumsum([len(each) for each in characters], dtype=np.int64)
     last = (bits & 0x20) == 0
-    if not len(bits) or not last[-1] or np.any((bits < 0) | (bits > 63)):
+    if not all(characters) or not last[text_ends - 1].all() or np.any(bits > 63):
         raise ValueError("RLE counts are cut off or hold a wrong character")
     ends = np.flatnonzero(last)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    digits = np.arange(len(bits)) - np.repeat(starts, ends - starts + 1)
-    if digits.max() > 6:
+    lengths = np.diff(ends, prepend=-1)
+    if lengths.max(initial=1) > 7:
         raise ValueError("RLE counts hold a number beyond 32 bits")
-    numbers = np.add.reduceat((bits & 0x1F) << (5 * digits), starts)
-    numbers -= np.where(bits[ends] & 0x10, 1 << (5 * (ends - starts + 1)), 0)
-    # The first number stands alone; differences run from the second (odd places) and from the third (even places) on.
-    numbers[1::2] = np.cumsum(numbers[1::2])
-    numbers[2::2] = np.cumsum(numbers[2::2])
-    return numbers
+    # The last character holds the highest bits and the sign; each one before it adds five bits below.
+    numbers = ((bits[ends] & 0x1F).astype(np.int64) ^ 0x10) - 0x10
+    for back in range(1, int(lengths.max(initial=1))):
+        longer = np.flatnonzero(lengths > back)
+        numbers[longer] = numbers[longer] << 5 | (bits[ends[longer] - back] & 0x1F)
+    stops = np.searchsorted(ends, text_ends)
+    return _undo_differences(numbers, stops), stops
+
+
+def _undo_differences(numbers, stops):
+    """Run lengths of RLEs from their numbers: from the fourth on, each is a difference to the one two before."""
+    place = _places(stops)
+    runs = numbers.copy()
+    for first in (1, 2):  # the odd places, and the even ones but 0
+        chain = np.flatnonzero((place % 2 == first % 2) & (place > 0))
+        sums = np.cumsum(numbers[chain])
+        heads = np.flatnonzero(place[chain] == first)
+        before = sums[heads] - numbers[chain[heads]]  # of the RLEs before
+        runs[chain] = sums - np.repeat(before, np.diff(heads, append=len(chain)))
+    return runs
+
+
+def _places(stops):
+    """For items that are grouped and end at `stops`: the place of each in its group, from 0."""
+    starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)
+    return np.arange(stops[-1] if len(stops) else 0) - np.repeat(starts, stops - starts)
+
+
+def _pack_counts(runs, stops):
+    """The inverse of `_unpack_counts` for several masks: a list of str.
+
+    Args:
+        runs: run lengths of all masks, int64. stops: where each mask's end in `runs`.
+    """
+    numbers = runs - np.where(_places(stops) > 2, np.roll(runs, 2), 0)
+    digits = 1
+    while np.any((numbers < -(1 << (5 * digits - 1))) | (numbers >= 1 << (5 * digits - 1))):
+        digits += 1
+    rest = numbers[:, None] >> (5 * np.arange(digits))
+    data = rest & 0x1F
+    goes_on = (rest >> 5) != -(data >> 4)
+    is_used = np.roll(goes_on, 1, axis=1)  # a number goes on where the character before says so
+    is_used[:, 0] = True
+    text = (data + 0x20 * goes_on + ord("0")).astype(np.uint8)[is_used].tobytes().decode("ascii")
+    ends = np.cumsum(is_used.sum(axis=1))[stops - 1]
+    return [text[start:end] for start, end in zip([0, *ends[:-1]], ends)]

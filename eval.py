@@ -1,4 +1,4 @@
-"""Inference on images and data sets, results in COCO's format, and COCO's metrics.
+"""Inference on images and data sets, and results in COCO's format.
 
 Shape shorthand: N images of a batch; R detections; H, W height and width of an image; M side of a predicted mask.
 
@@ -8,8 +8,6 @@ float32 [R, 4] (x1 y1 x2 y2 in pixels of the batch), `scores` [R], `labels` [R] 
 float32 [R, M, M] (probabilities inside the box) or None.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import math
@@ -20,10 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pycocotools.mask as mask_util
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from tabulate import tabulate
 from tensorpack.callbacks import Callback
 from tensorpack.compat import tfv1 as tf
 from tensorpack.utils import logger
@@ -32,34 +26,16 @@ from tensorpack.utils.utils import get_tqdm
 import boxes
 import checkpoint
 import data
-from config import UserError, config
+import metrics
+from config import config
+from metrics import EvaluationError, NonFiniteError
 from modeling import rcnn
 
-KINDS = {"bbox": "box", "segm": "mask"}
-# Metric name: IoU threshold (None: the mean over 0.5, 0.55 ... 0.95), range of object sizes, short name.
-METRICS = {
-    "IoU=0.5:0.95": (None, "all", "AP"),
-    "IoU=0.5": (0.5, "all", "AP50"),
-    "IoU=0.75": (0.75, "all", "AP75"),
-    "small": (None, "small", "AP small"),
-    "medium": (None, "medium", "AP medium"),
-    "large": (None, "large", "AP large"),
-}
 POST_THREADS = 4
 # Finished batches may wait for their post-processing, but not so many that they fill the memory.
 MAX_WAITING_IMAGES = 32
 # Results keep a thousandth of a pixel; a coarser score would make ties that the network did not make.
 BOX_DECIMALS, SCORE_DECIMALS = 3, 6
-
-
-class EvaluationError(UserError):
-    """Results or ground truth that cannot be used: one line that names the file, image or category."""
-
-
-class NonFiniteError(EvaluationError):
-    """The network returned NaN or infinity: the weights have diverged."""
-
-    exit_code = 3
 
 
 class ImageDetections(NamedTuple):
@@ -135,29 +111,25 @@ def _of_image(found, index, *, input_shape, height, width, name):
     return ImageDetections(boxes_xyxy, scores, found.labels[rows], masks)
 
 
-def _pasted(detections, height, width):
-    """Pastes predicted masks [R, M, M] into the image one by one: all at once, a large photo's would take gigabytes."""
-    for mask, box in zip(detections.masks, detections.boxes_xyxy, strict=True):
-        yield boxes.paste_mask(mask, box, height, width)
-
-
 def _with_pasted_masks(detections, height, width):
     if detections.masks is None:
         return detections
     masks = np.zeros((len(detections.scores), height, width), bool)
-    for slot, mask in zip(masks, _pasted(detections, height, width), strict=True):
-        slot[:] = mask
+    # One by one: those of a large photo, all at once and again, would take gigabytes.
+    for slot, mask, box in zip(masks, detections.masks, detections.boxes_xyxy, strict=True):
+        slot[:] = boxes.paste_mask(mask, box, height, width)
     return detections._replace(masks=masks)
 
 
 # ---------------------------------------------------------------- results
 
 
-def coco_results(image_id, detections, category_ids):
+def coco_results(image_id, detections, category_ids, *, rles=None):
     """Returns one image's detections as a list of dicts in COCO's results format.
 
     Keys: image_id, category_id, bbox [x, y, width, height] in pixels, score; segmentation (RLE) if there are masks.
-    `category_ids[label - 1]` is the category of a label, as in Dataset.category_ids.
+    `category_ids[label - 1]` is the category of a label, as in Dataset.category_ids. `rles`: the masks encoded, by who
+    has no use for them as pixels; otherwise they are encoded here.
 
     Raises:
         EvaluationError: a label without a category; the model was trained on other classes.
@@ -167,17 +139,18 @@ def coco_results(image_id, detections, category_ids):
             classes = f"the data set has {len(category_ids)} classes"
             raise EvaluationError(f"image {image_id}: the model found class {label}, but {classes}")
     boxes_xywh = boxes.xyxy_to_xywh(np.asarray(detections.boxes_xyxy, np.float64))
-    masks = itertools.repeat(None) if detections.masks is None else detections.masks
+    if rles is None:
+        rles = itertools.repeat(None) if detections.masks is None else map(boxes.encode_rle, detections.masks)
     results = []
-    for box, score, label, mask in zip(boxes_xywh, detections.scores, detections.labels, masks):
+    for box, score, label, rle in zip(boxes_xywh, detections.scores, detections.labels, rles):
         result = {
             "image_id": image_id,
             "category_id": int(category_ids[label - 1]),
             "bbox": [round(float(value), BOX_DECIMALS) for value in box],
             "score": round(float(score), SCORE_DECIMALS),
         }
-        if mask is not None:
-            result["segmentation"] = boxes.encode_rle(mask)
+        if rle is not None:
+            result["segmentation"] = rle
         results.append(result)
     return results
 
@@ -250,27 +223,40 @@ class ResultsFile:
 
 
 def evaluate_dataset(predict, dataset, *, output=None, overwrite=False):
-    """Runs the network over a data set and returns the metrics of `coco_metrics`, which also go to the log as tables.
+    """Runs the network over a data set and returns its metrics, {name: value}, which also go to the log as tables.
 
     Boxes are evaluated, and masks if the model has them (MODE_MASK). `output` is the path of the results json, or None.
 
     Raises:
-        EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see `coco_metrics`.
+        EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
+            `metrics.evaluate`.
         ImageError: an image cannot be used.
     """
     records = dataset.records(training=False)
     results = []
     with ResultsFile(output, overwrite=overwrite) as file, get_tqdm(total=len(records), unit="image") as progress:
-        for image_results in _results_by_image(predict, data.evaluation_data(records), dataset.category_ids):
+        for image_results in results_of(predict, records, dataset.category_ids):
             file.write(image_results)
             results.extend(image_results)
             progress.update()
-    kinds = tuple(KINDS) if config.MODE_MASK else ("bbox",)
-    metrics = coco_metrics(
-        results, dataset.annotation_file, image_ids=[record.image_id for record in records], kinds=kinds
-    )
-    log_metrics(metrics, f"{dataset.name} ({len(records)} images)")
-    return metrics
+    return evaluate_results(results, dataset)
+
+
+def evaluate_results(results, dataset):
+    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log.
+
+    Where several processes share a data set, each computes the results of its records by `results_of`; one of them
+    joins the lists, in any order, and calls this.
+    """
+    kinds = tuple(metrics.KINDS) if config.MODE_MASK else ("bbox",)
+    evaluations = metrics.evaluate(dataset.annotation_file, results, image_ids=dataset.image_ids, kinds=kinds)
+    metrics.log_evaluations(evaluations, f"{dataset.name} ({len(dataset.image_ids)} images)")
+    return {name: value for each in evaluations for name, value in each.metrics().items()}
+
+
+def results_of(predict, records, category_ids):
+    """Runs the network over records, a whole data set or a part of it; yields each image's list of results."""
+    return _results_by_image(predict, data.evaluation_data(records), category_ids)
 
 
 def _results_by_image(predict, batches, category_ids):
@@ -293,177 +279,8 @@ def _results_by_image(predict, batches, category_ids):
 def _record_results(found, index, input_shape, record, category_ids):
     size = {"height": record.height, "width": record.width}
     detections = _of_image(found, index, input_shape=input_shape, **size, name=f"image {record.image_id}")
-    if detections.masks is not None:
-        detections = detections._replace(masks=_pasted(detections, **size))
-    return coco_results(record.image_id, detections, category_ids)
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def coco_metrics(results, annotation_file, *, image_ids=None, kinds=tuple(KINDS)):
-    """COCO's average precision of results (a list of dicts as from `coco_results`).
-
-    Returns {"mAP(KIND)/METRIC": value} for each kind (bbox, segm) and each of METRICS; their definition is at
-    https://cocodataset.org/#detection-eval. Values lie in [0, 1]. NaN means that there is no ground truth to find;
-    where there is but nothing was found, it is 0, with a warning. A found object's size is its box's area for bbox, its
-    mask's for segm. `image_ids` limits all to some of the file's images.
-
-    Raises:
-        EvaluationError: results of an image or category that the ground truth does not have, or not finite; or a
-            ground truth that cannot be used.
-    """
-    truth = _load_truth(annotation_file)
-    image_ids = set(truth["images"]) if image_ids is None else set(image_ids)
-    _check_results(results, truth, annotation_file)
-    results = [result for result in results if result["image_id"] in image_ids]
-    truth["annotations"] = [each for each in truth["annotations"] if each["image_id"] in image_ids]
-    if not results:
-        logger.warning(f"nothing was found in {len(image_ids)} images: where there is ground truth, AP is 0")
-    metrics = {}
-    for kind in kinds:
-        values = _average_precision(kind, truth, results, image_ids)
-        metrics |= {f"mAP({kind})/{name}": value for name, value in values.items()}
-    return metrics
-
-
-def log_metrics(metrics, title):
-    """Writes one table for each kind in `metrics` to the log, and says what n/a means where it occurs."""
-    for kind, word in KINDS.items():
-        values = [metrics.get(f"mAP({kind})/{name}") for name in METRICS]
-        if None in values:
-            continue
-        cells = ["n/a" if math.isnan(value) else f"{value:.3f}" for value in values]
-        headers = [short for _, _, short in METRICS.values()]
-        table = tabulate([cells], headers, tablefmt="simple_outline", stralign="right", disable_numparse=True)
-        note = "\nn/a: the ground truth has no objects of this kind and size" if "n/a" in cells else ""
-        logger.info(f"{word} AP on {title}\n{table}{note}")
-
-
-def _load_truth(annotation_file):
-    """Returns what the metrics need of a COCO json: images {id: (height, width)}, category ids, and annotations.
-
-    Annotations get ids from 1 on (pycocotools takes 0 for "not matched"), and what some files lack: iscrowd and area.
-    """
-    try:
-        with open(annotation_file) as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read the ground truth {annotation_file}: {error}") from error
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
-    if missing:
-        raise EvaluationError(f"{annotation_file} is no COCO ground truth: it has no {', '.join(missing)}")
-    images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-    annotations = [{"iscrowd": 0, **each, "id": number} for number, each in enumerate(content["annotations"], start=1)]
-    for annotation in annotations:
-        if annotation.get("area") is None:
-            rle = _true_mask(annotation, images)
-            annotation["area"] = float(mask_util.area(rle) if rle else annotation["bbox"][2] * annotation["bbox"][3])
-    return {"images": images, "categories": {each["id"] for each in content["categories"]}, "annotations": annotations}
-
-
-def _true_mask(annotation, images):
-    """Returns a ground truth annotation's mask as COCO's compressed RLE, or None; `images` is {id: (height, width)}."""
-    try:
-        return _to_rle(annotation.get("segmentation"), *images[annotation["image_id"]])
-    except ValueError as error:
-        raise EvaluationError(f"ground truth of image {annotation['image_id']}: {error}") from error
-
-
-def _to_rle(segmentation, height, width):
-    """Returns COCO's compressed RLE of a json segmentation; None where there is none, or none with an area."""
-    if isinstance(segmentation, dict):
-        return boxes.compress_rle(segmentation, height, width)
-    # Fewer than three points: no area, and pycocotools would take two for a box.
-    polygons = [polygon for polygon in segmentation or () if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    if not polygons:
-        return None
-    reach = 2 * max(height, width)
-    if all(-reach < value < reach for polygon in polygons for value in polygon):
-        return mask_util.merge(mask_util.frPyObjects(polygons, height, width))
-    # pycocotools crashes on huge coordinates: the slow way cuts them off.
-    points = [np.array(polygon, np.float64).reshape(-1, 2) for polygon in polygons]
-    return boxes.encode_rle(boxes.segmentation_to_mask(points, height, width))
-
-
-def _check_results(results, truth, annotation_file):
-    unknown = {result["category_id"] for result in results} - truth["categories"]
-    if unknown:
-        raise EvaluationError(f"results have categories {_listed(unknown)}, which are not in {annotation_file}")
-    unknown = {result["image_id"] for result in results} - set(truth["images"])
-    if unknown:
-        raise EvaluationError(f"results have images {_listed(unknown)}, which are not in {annotation_file}")
-    for result in results:
-        if not all(map(math.isfinite, (result["score"], *result.get("bbox", ())))):
-            raise NonFiniteError(f"results of image {result['image_id']} have a number that is not finite")
-
-
-def _listed(ids):
-    ids = sorted(ids)
-    return ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-
-
-def _average_precision(kind, truth, results, image_ids):
-    """Returns {name in METRICS: value} of one kind."""
-    annotations = _true_objects(kind, truth)
-    if all(annotation["iscrowd"] for annotation in annotations):
-        logger.warning(f"no ground truth for {KINDS[kind]} AP in {len(image_ids)} images: it is undefined (NaN)")
-        return dict.fromkeys(METRICS, math.nan)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_index(truth, annotations), _index(truth, _found_objects(kind, results)), kind)
-        evaluation.params.imgIds = sorted(image_ids)
-        evaluation.params.maxDets = [100]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return {name: _mean_precision(evaluation, threshold, size) for name, (threshold, size, _) in METRICS.items()}
-
-
-def _mean_precision(evaluation, threshold, size):
-    """Mean over thresholds, recalls and the classes that occur; NaN where none does (pycocotools marks them -1)."""
-    params = evaluation.params
-    precision = evaluation.eval["precision"][:, :, :, params.areaRngLbl.index(size), -1]
-    if threshold is not None:
-        precision = precision[np.isclose(params.iouThrs, threshold)]
-    precision = precision[precision > -1]
-    return float(precision.mean()) if precision.size else math.nan
-
-
-def _true_objects(kind, truth):
-    """Returns copies of the ground truth's annotations, which pycocotools will change, with masks as RLE."""
-    if kind == "bbox":
-        return [dict(annotation) for annotation in truth["annotations"]]
-    annotations = [{**each, "segmentation": _true_mask(each, truth["images"])} for each in truth["annotations"]]
-    with_masks = [annotation for annotation in annotations if annotation["segmentation"]]
-    if len(with_masks) < len(annotations):
-        logger.warning(
-            f"{len(annotations) - len(with_masks)} ground truth objects have no mask: mask AP leaves them out"
-        )
-    return with_masks
-
-
-def _found_objects(kind, results):
-    """Returns the results as pycocotools wants them. For masks without "bbox": with it, the area would be the box's."""
-    if kind == "bbox":
-        areas = (result["bbox"][2] * result["bbox"][3] for result in results)
-    else:
-        results = [result for result in results if "segmentation" in result]
-        areas = (float(mask_util.area(result["segmentation"])) for result in results)
-    shape = "bbox" if kind == "bbox" else "segmentation"
-    return [
-        {key: result[key] for key in ("image_id", "category_id", "score", shape)}
-        | {"id": number, "area": area, "iscrowd": 0}
-        for number, (result, area) in enumerate(zip(results, areas, strict=True), start=1)
-    ]
-
-
-def _index(truth, annotations):
-    """Returns pycocotools' object for annotations (true or found ones) on the images and categories of `truth`."""
-    coco = COCO()
-    images = [{"id": id_, "height": height, "width": width} for id_, (height, width) in truth["images"].items()]
-    categories = [{"id": id_} for id_ in sorted(truth["categories"])]
-    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
-    coco.createIndex()
-    return coco
+    rles = None if detections.masks is None else boxes.paste_rle(detections.masks, detections.boxes_xyxy, **size)
+    return coco_results(record.image_id, detections, category_ids, rles=rles)
 
 
 # ---------------------------------------------------------------- during training

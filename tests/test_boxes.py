@@ -263,6 +263,24 @@ def test_broken_rle_is_refused(rle, message):
         boxes.segmentation_to_mask(rle, 5, 6)
 
 
+def test_rle_areas():
+    """Of several at once, among them an empty one, a full one and one whose numbers go down as well as up."""
+    rng = np.random.default_rng(22)
+    masks = [rng.random((9, 7)) < density for density in (0.0, 0.02, 0.5, 0.98, 1.0)]
+    masks += [np.triu(np.ones((300, 300))), np.zeros((300, 200)), np.eye(1000, 70)]
+    rles = [boxes.encode_rle(mask) for mask in masks]
+    assert boxes.rle_areas(rles).tolist() == [np.count_nonzero(mask) for mask in masks]
+    assert boxes.rle_areas([]).tolist() == []
+
+
+@pytest.mark.parametrize("counts", ["o1", "", "P", "03l0", "~"])
+def test_rle_areas_refuses_broken_counts(counts):
+    """Runs that add up to less or that are below 0, no runs, a number that is cut off, and a wrong character."""
+    good = boxes.encode_rle(np.eye(6))
+    with pytest.raises(ValueError, match="RLE counts"):
+        boxes.rle_areas([good, {"size": [6, 6], "counts": counts}, good])
+
+
 def test_encode_rle_is_read_by_pycocotools_and_json():
     for mask in random_masks():
         rle = json.loads(json.dumps(boxes.encode_rle(mask)))
@@ -348,6 +366,34 @@ def test_paste_takes_any_mask_size(shape):
     rng = np.random.default_rng(7)
     for box in random_boxes(rng, 15, low=-10, high=25):
         assert_pasted(rng.random(shape).astype(np.float32), box, 24, 30)
+
+
+def test_pasted_rle_is_the_one_that_pycocotools_makes():
+    """Of masks of many sizes at once: empty ones, whole images, ends at the border, boxes thinner than a pixel."""
+    rng = np.random.default_rng(20)
+    for height, width in ((24, 30), (1, 1), (7, 300), (200, 3)):
+        corners = np.sort(rng.uniform(-20, [width + 20, height + 20], (40, 2, 2)), axis=1)
+        some = np.concatenate([corners.reshape(40, 4), [[0, 0, width, height], [5, 5, 5, 9], [-9, -9, 400, 400]]])
+        some[:8, 2] = some[:8, 0] + rng.uniform(0, 2, 8)
+        masks = (rng.integers(0, 2, (len(some), 6, 5)) + rng.uniform(-0.4, 0.4, (len(some), 6, 5))).clip(0, 1)
+        masks[-3] = 1
+        masks[30:36] = 0
+        pasted = boxes.paste_rle(masks, some, height, width)
+        assert len(pasted) == len(some)
+        for rle, mask, box in zip(pasted, masks, some):
+            values = paste_by_definition(mask, box, height, width) if np.all(box[2:] > box[:2]) else np.zeros((1, 1))
+            expected = np.broadcast_to(values >= 0.5, (height, width))
+            assert rle == boxes.encode_rle(expected)
+    assert boxes.paste_rle(np.zeros((0, 28, 28)), np.zeros((0, 4)), 24, 30) == []
+
+
+def test_pasted_rle_of_long_runs():
+    """Run lengths of one to five characters, and their differences."""
+    rng = np.random.default_rng(21)
+    for height, width in ((3000, 40), (40, 3000), (2000, 2000)):
+        box = np.array([width * 0.3, height * 0.1, width * 0.8, height * 0.9])
+        (rle,) = boxes.paste_rle(rng.random((1, 14, 14)), [box], height, width)
+        assert rle == boxes.encode_rle(mask_util.decode(rle))
 
 
 def test_paste_by_hand():

@@ -1,8 +1,5 @@
-"""Inference on images, results files and COCO metrics: hand-worked boxes and masks, and pycocotools used directly."""
+"""Inference on images, data sets and results files: hand-worked boxes and masks."""
 
-import contextlib
-import copy
-import io
 import json
 import math
 from typing import NamedTuple
@@ -12,18 +9,15 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import tensorflow.compat.v1 as tf
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tensorpack import ModelDesc, SimpleTrainer, TrainConfig, launch_train_with_config
 from tensorpack.callbacks import MonitorBase
 from tensorpack.dataflow import DataFromList
 from tensorpack.utils import logger
 
-import boxes
 import data
 import eval as evaluation
 from config import Config
-from dataset import CocoDataset, get_dataset
+from dataset import CocoDataset
 from eval import EvaluationError, ImageDetections, NonFiniteError, ResultsFile
 
 
@@ -206,238 +200,6 @@ def test_results_folder_that_cannot_be_made_is_named(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------- metrics
-
-
-def square(x, y, size):
-    return [[x, y, x + size, y, x + size, y + size, x, y + size]]
-
-
-def true_object(number, *, image_id=1, category_id=1, box=(10, 10, 20, 20), **changes):
-    x, y, width, height = box
-    polygon = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    default = {"id": number, "image_id": image_id, "category_id": category_id, "bbox": list(box), "iscrowd": 0}
-    return {**default, "area": width * height, "segmentation": polygon, **changes}
-
-
-def write_truth(folder, annotations, *, images=(1, 2), categories=(1, 2)):
-    path = folder / "truth.json"
-    content = {
-        "images": [{"id": number, "height": 200, "width": 200, "file_name": f"{number}.jpg"} for number in images],
-        "categories": [{"id": number, "name": f"c{number}"} for number in categories],
-        "annotations": annotations,
-    }
-    path.write_text(json.dumps(content))
-    return path
-
-
-def result_for(annotation, score=0.5, height=200, width=200):
-    """The annotation as a detection."""
-    rle = mask_util.merge(mask_util.frPyObjects(annotation["segmentation"], height, width))
-    return {
-        **{key: annotation[key] for key in ("image_id", "category_id", "bbox")},
-        "score": score,
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-    }
-
-
-def random_truth(rng, *, num_images=12, num_categories=3):
-    """Boxes of all sizes, some of them crowds, and images without any."""
-    annotations = []
-    for image_id in range(1, num_images + 1):
-        for _ in range(rng.integers(0, 9) if image_id % 5 else 0):
-            width, height = np.round(2 ** rng.uniform(2, 7.5, 2), 1).tolist()
-            box = (round(rng.uniform(0, 200 - width), 1), round(rng.uniform(0, 200 - height), 1), width, height)
-            category = int(rng.integers(1, num_categories + 1))
-            one = true_object(len(annotations) + 1, image_id=image_id, category_id=category, box=box)
-            if rng.random() < 0.15:
-                mask = mask_util.decode(mask_util.merge(mask_util.frPyObjects(one["segmentation"], 200, 200)))
-                one |= {"iscrowd": 1, "segmentation": {"size": [200, 200], "counts": runs(mask)}}
-            annotations.append(one)
-    return annotations
-
-
-def runs(mask):
-    """COCO's uncompressed run lengths of a mask: column by column, the first of zeros."""
-    values = mask.ravel(order="F").astype(int)
-    changes = np.flatnonzero(np.diff(values)) + 1
-    lengths = np.diff([0, *changes, len(values)]).tolist()
-    return [0, *lengths] if values[0] else lengths
-
-
-def random_results(rng, annotations, *, num_images=12, num_categories=3):
-    """Shifted ground truth, repeated and with wrong classes, and false detections; scores with ties."""
-    results = []
-    candidates = [each for each in annotations if not each["iscrowd"]] * 2
-    candidates += random_truth(rng, num_images=num_images, num_categories=num_categories)
-    for each in candidates:
-        x, y, width, height = np.add(each["bbox"], rng.normal(0, 2, 4)).clip(1, 190).round(2).tolist()
-        category = each["category_id"] if rng.random() < 0.9 else 1
-        one = true_object(0, image_id=each["image_id"], category_id=category, box=(x, y, width, height))
-        mask = np.zeros((200, 200), np.uint8)
-        # The mask is smaller than the box: sizes by box and by mask differ.
-        mask[int(y) : int(y + 0.8 * height) + 1, int(x) : int(x + width) + 1] = 1
-        results.append({**result_for(one, score=round(rng.random(), 1)), "segmentation": boxes.encode_rle(mask)})
-    return results
-
-
-def plain_pycocotools(results, path, kind, image_ids=None):
-    """The first six numbers of pycocotools' summary, used as its demo does; for masks without boxes in the results."""
-    results = copy.deepcopy(results)
-    if kind == "segm":
-        for result in results:
-            del result["bbox"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(path))
-        truth.dataset["info"] = {}
-        evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        if image_ids:
-            evaluation.params.imgIds = image_ids
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.where(evaluation.stats[:6] < 0, math.nan, evaluation.stats[:6])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_metrics_equal_pycocotools_on_random_results(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    annotations = random_truth(rng)
-    path = write_truth(tmp_path, annotations, images=range(1, 13), categories=(1, 2, 3))
-    results = random_results(rng, annotations)
-    image_ids = list(range(1, 9)) if seed == 3 else None
-    metrics = evaluation.coco_metrics(results, path, image_ids=image_ids)
-    for kind in ("bbox", "segm"):
-        expected = plain_pycocotools(results, path, kind, image_ids)
-        assert 0.05 < expected[0] < 0.95
-        ours = [metrics[f"mAP({kind})/{name}"] for name in evaluation.METRICS]
-        np.testing.assert_allclose(ours, expected, atol=1e-12)
-
-
-def test_metric_names(tmp_path):
-    truth = [true_object(1)]
-    metrics = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
-    names = ("IoU=0.5:0.95", "IoU=0.5", "IoU=0.75", "small", "medium", "large")
-    assert list(metrics) == [f"mAP({kind})/{name}" for kind in ("bbox", "segm") for name in names]
-    only = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth), kinds=("bbox",))
-    assert list(only) == list(metrics)[:6]
-
-
-def test_box_of_a_result_does_not_decide_the_size_of_its_mask(tmp_path):
-    """A thin diagonal has a large box and a small mask: where large masks are scored, a false one is ignored."""
-    truth = [true_object(1, box=(50, 50, 110, 110))]
-    diagonal = {**result_for(truth[0], score=0.9), "segmentation": boxes.encode_rle(np.eye(200))}
-    path = write_truth(tmp_path, truth)
-    with_box = evaluation.coco_metrics([result_for(truth[0]), diagonal], path, kinds=("segm",))
-    assert with_box["mAP(segm)/large"] == pytest.approx(1)
-    assert with_box["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(0.5)  # of all sizes, it is the first of two
-    results = [result_for(truth[0]), diagonal]
-    for result in results:
-        del result["bbox"]
-    np.testing.assert_equal(evaluation.coco_metrics(results, path, kinds=("segm",)), with_box)
-
-
-@pytest.mark.parametrize("first", [0, 1, 50])
-def test_annotation_ids_do_not_matter(tmp_path, first):
-    truth = [true_object(first, box=(10, 10, 50, 50)), true_object(first + 1, box=(100, 100, 50, 50))]
-    metrics = evaluation.coco_metrics([result_for(each) for each in truth], write_truth(tmp_path, truth))
-    assert metrics["mAP(bbox)/IoU=0.5:0.95"] == metrics["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(1)
-
-
-@pytest.mark.parametrize("missing", ["area", "iscrowd"])
-def test_ground_truth_may_lack_area_and_iscrowd(tmp_path, missing):
-    truth = [true_object(1, box=(10, 10, 30, 30)), true_object(2, box=(100, 100, 80, 80))]
-    expected = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
-    for each in truth:
-        del each[missing]
-    metrics = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
-    np.testing.assert_equal(metrics, expected)
-    assert metrics["mAP(bbox)/small"] == pytest.approx(1) and metrics["mAP(bbox)/medium"] == 0
-
-
-def test_missing_area_is_the_mask_s(tmp_path):
-    triangle = [[10, 10, 50, 10, 10, 50]]  # 800 pixels: small, in a box of 1600: medium
-    truth = [true_object(1, box=(10, 10, 40, 40), segmentation=triangle, area=None)]
-    metrics = evaluation.coco_metrics([], write_truth(tmp_path, truth))
-    assert metrics["mAP(bbox)/small"] == 0 and math.isnan(metrics["mAP(bbox)/medium"])
-
-
-def test_nothing_found_is_zero_with_a_warning(tmp_path, warnings):
-    metrics = evaluation.coco_metrics([], write_truth(tmp_path, [true_object(1)]))
-    assert metrics["mAP(bbox)/IoU=0.5:0.95"] == metrics["mAP(segm)/small"] == 0
-    assert math.isnan(metrics["mAP(bbox)/large"])  # no ground truth of this size
-    assert any("nothing was found in 2 images" in line for line in warnings)
-
-
-@pytest.mark.parametrize("annotations", [[], [true_object(1, iscrowd=1)]])
-def test_no_ground_truth_is_nan_with_a_reason(tmp_path, warnings, annotations):
-    results = [result_for(true_object(1))]
-    metrics = evaluation.coco_metrics(results, write_truth(tmp_path, annotations))
-    assert len(metrics) == 12 and all(map(math.isnan, metrics.values()))
-    assert any("no ground truth for box AP" in line for line in warnings)
-
-
-def test_objects_without_a_usable_mask_are_left_out_of_mask_ap(tmp_path, warnings):
-    truth = [true_object(1), true_object(2, box=(60, 60, 20, 20), segmentation=[[60, 60, 80, 80]])]
-    truth.append(true_object(3, box=(90, 90, 20, 20), segmentation=[]))
-    metrics = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
-    assert metrics["mAP(segm)/IoU=0.5"] == pytest.approx(1)
-    assert metrics["mAP(bbox)/IoU=0.5"] == pytest.approx(34 / 101)  # one of three: recalls 0 to 0.33
-    assert any("2 ground truth objects have no mask" in line for line in warnings)
-
-
-def test_polygon_far_outside_does_not_crash(tmp_path):
-    truth = [true_object(1, segmentation=square(0, 0, 1e9))]
-    whole = result_for(true_object(1, box=(0, 0, 200, 200)))
-    metrics = evaluation.coco_metrics([whole], write_truth(tmp_path, truth))
-    assert metrics["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"category_id": 99}, "categories 99.*truth.json"),
-        ({"image_id": 99}, "images 99.*truth.json"),
-        ({"score": math.nan}, "image 1 .*not finite"),
-        ({"bbox": [0, 0, math.inf, 1]}, "image 1 .*not finite"),
-    ],
-)
-def test_results_that_do_not_fit_are_refused(tmp_path, changes, message):
-    truth = [true_object(1)]
-    with pytest.raises(EvaluationError, match=message):
-        evaluation.coco_metrics([result_for(truth[0]) | changes], write_truth(tmp_path, truth))
-
-
-def test_unusable_ground_truth_is_named(tmp_path):
-    for content, message in (("{", "cannot read.*a.json"), ("{}", "a.json is no COCO ground truth: it has no images")):
-        (tmp_path / "a.json").write_text(content)
-        with pytest.raises(EvaluationError, match=message):
-            evaluation.coco_metrics([], tmp_path / "a.json")
-    rle = {"size": [3, 3], "counts": [9]}
-    with pytest.raises(EvaluationError, match="image 1: RLE size"):
-        evaluation.coco_metrics([], write_truth(tmp_path, [true_object(1, segmentation=rle)]))
-
-
-def test_metrics_print_nothing(tmp_path, capfd):
-    evaluation.coco_metrics([result_for(true_object(1))], write_truth(tmp_path, [true_object(1)]))
-    assert capfd.readouterr().out == ""
-
-
-def test_tables(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr(logger, "info", lines.append)
-    truth = [true_object(1), true_object(2, box=(100, 100, 50, 50))]
-    metrics = evaluation.coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
-    evaluation.log_metrics(metrics, "tiny")
-    assert [line.split("\n")[0] for line in lines] == ["box AP on tiny", "mask AP on tiny"]
-    cells = [cell.strip() for cell in lines[0].split("\n")[4].strip("│").split("│")]
-    assert cells == ["0.505", "0.505", "0.505", "1.000", "0.000", "n/a"]  # precision 1 up to recall 0.5: 51 of 101
-    assert "n/a: the ground truth has no objects" in lines[0]
-    lines.clear()
-    evaluation.log_metrics({name: 0.5 for name in metrics if "bbox" in name}, "tiny")
-    assert len(lines) == 1 and "n/a" not in lines[0]
-
-
 # ---------------------------------------------------------------- data sets
 
 
@@ -451,7 +213,9 @@ def dataset(tmp_path):
     for image_id, (height, width) in enumerate(SIZES, start=1):
         cv2.imwrite(str(tmp_path / f"{image_id}.png"), np.full((height, width, 3), image_id, np.uint8))
         for x, y, side in ((2, 3, 24), (20, 22, 21)):
-            one = true_object(0, image_id=image_id, category_id=30 if side == 24 else 40, box=(x, y, side, side))
+            polygon = [x, y, x + side, y, x + side, y + side, x, y + side]
+            one = {"image_id": image_id, "category_id": 30 if side == 24 else 40, "bbox": [x, y, side, side]}
+            one |= {"segmentation": [polygon], "area": side * side, "iscrowd": 0}
             annotations.append({**one, "id": len(annotations) + 1})
     images = [
         {"id": number, "height": height, "width": width, "file_name": f"{number}.png"}
@@ -518,32 +282,6 @@ def test_failing_network_ends_the_evaluation_without_a_file(config, dataset, tmp
     with pytest.raises(NonFiniteError, match=r"image \d: .*diverged"):
         evaluation.evaluate_dataset(predict, dataset, output=tmp_path / "out.json")
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-
-
-def test_ground_truth_of_coco_tiny_as_detections_scores_1(coco_tiny):
-    dataset = get_dataset("coco_val2017", coco_tiny)
-    results = []
-    for record in dataset.records(training=False):
-        objects = np.flatnonzero(~record.is_crowd)
-        segmentations = [record.segmentations[index] for index in objects]
-        masks = [boxes.segmentation_to_mask(each, record.height, record.width) for each in segmentations]
-        scores = np.full(len(objects), 0.5, np.float32)
-        one = ImageDetections(record.boxes_xyxy[objects], scores, record.labels[objects], masks)
-        results += evaluation.coco_results(record.image_id, one, dataset.category_ids)
-    metrics = evaluation.coco_metrics(results, dataset.annotation_file, image_ids=dataset.image_ids)
-    assert len(metrics) == 12
-    assert all(value == pytest.approx(1) for value in metrics.values())
-    # And against pycocotools where results are not perfect.
-    rng = np.random.default_rng(0)
-    for result in results:
-        result["bbox"] = np.add(result["bbox"], rng.normal(0, 4, 4)).clip(1).round(1).tolist()
-        result["score"] = round(rng.random(), 2)
-    metrics = evaluation.coco_metrics(results, dataset.annotation_file)
-    for kind in ("bbox", "segm"):
-        expected = plain_pycocotools(results, dataset.annotation_file, kind)
-        np.testing.assert_allclose(
-            [metrics[f"mAP({kind})/{name}"] for name in evaluation.METRICS], expected, atol=1e-12
-        )
 
 
 # ---------------------------------------------------------------- during training

@@ -14,6 +14,7 @@ LINES = (
     {"train", "predict"},
     {"tools"},
     {"eval", "viz"},
+    {"metrics"},
     {"callbacks", "checkpoint"},
     {"modeling.rcnn"},
     {f"modeling.{part}" for part in ("backbone", "fpn", "rpn", "box_head", "cascade", "mask_head")},
