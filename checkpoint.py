@@ -4,6 +4,7 @@ A checkpoint is a `.npz` of the tensorpack model zoo or a TensorFlow checkpoint.
 nothing is unpickled. `resolve` needs no TensorFlow, so that a wrong path is answered at once.
 """
 
+import logging
 import re
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ import numpy as np
 
 from config import UserError
 
+logger = logging.getLogger(__name__)
 CONFIG_FILE = "config.json"  # the configuration, beside the checkpoints of a run
 NEWEST = "checkpoint"  # TensorFlow's text file that names the newest checkpoint of a directory
 BACKBONE = re.compile(r"^(conv0|group\d+/block\d+)/")
@@ -96,6 +98,18 @@ def find_config(path):
     """The configuration written beside the checkpoint of `resolve`, or None."""
     candidate = Path(path).parent / CONFIG_FILE
     return candidate if candidate.is_file() else None
+
+
+def load_config(path, config):
+    """Set the keys of a Config to those of the model's training, if they are known; else say so in a warning.
+
+    Args:
+        path: as returned by `resolve`
+    """
+    if config_file := find_config(path):
+        config.load(config_file)
+    else:
+        logger.warning(f"no {CONFIG_FILE} beside {path}: the settings are the defaults and those given here")
 
 
 # ------------------------------------------------------------------------------------------------------ reading

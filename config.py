@@ -18,8 +18,10 @@ import math
 import os
 import re
 import reprlib
+import threading
 
 logger = logging.getLogger(__name__)
+_TEMPORARY = threading.RLock()
 
 
 class UserError(Exception):
@@ -238,6 +240,20 @@ class Config(_Group):
     def freeze(self):
         """From now on every attempt to set a key is a ConfigError."""
         vars(self)["_frozen"] = True
+
+    @contextlib.contextmanager
+    def temporary(self):
+        """Within it all keys have their defaults and can be set; after it they are what they were, frozen or not.
+
+        One thread at a time: others that enter wait.
+        """
+        with _TEMPORARY:
+            before = dict(vars(self))
+            vars(self).update(_values=dict(FLAT_DEFAULTS), _frozen=False)
+            try:
+                yield self
+            finally:
+                vars(self).update(before)
 
     def changes(self):
         """{key: value} of the keys that differ from their defaults."""

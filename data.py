@@ -15,6 +15,7 @@ Imports neither TensorFlow nor tensorpack (whose import is TensorFlow's): worker
 import atexit
 import contextlib
 import fcntl
+import glob
 import itertools
 import logging
 import multiprocessing
@@ -27,6 +28,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -55,6 +57,8 @@ MAX_EVALUATION_THREADS = 4
 # What a random number is for, so that an epoch and a position of the same number differ.
 _ORDER, _EXAMPLE = 0, 1
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".pgm", ".ppm"}
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
 
 
@@ -98,20 +102,70 @@ def training_data(records, *, start=0, shard_index=0, num_shards=1):
     )
 
 
+class Geometry(NamedTuple):
+    """How images become a batch: `resize_image`'s short_edge and max_size, and `pad_images`' multiple; in pixels."""
+
+    short_edge: int
+    max_size: float
+    multiple: int
+
+    def padded_shape(self, height, width):
+        """(height, width) of the batch of an image of this size alone."""
+        shape = resized_shape(height, width, short_edge=self.short_edge, max_size=self.max_size)
+        return tuple(_round_up(edge, self.multiple) for edge in shape)
+
+    def batch(self, images):
+        """`pad_images` of the resized images."""
+        resized = [resize_image(image, short_edge=self.short_edge, max_size=self.max_size) for image in images]
+        return pad_images(resized, multiple=self.multiple)
+
+
+def inference_geometry():
+    """The Geometry of the configured model in evaluation and prediction."""
+    return Geometry(config.PREPROC.TEST_SHORT_EDGE_SIZE, *network_geometry())
+
+
 def evaluation_data(records):
     """EvaluationData with the configuration's settings."""
-    max_size, multiple = network_geometry()
     return EvaluationData(
         records,
         batch_size=config.TEST.BATCH_SIZE_PER_GPU,
-        short_edge=config.PREPROC.TEST_SHORT_EDGE_SIZE,
-        max_size=max_size,
-        multiple=multiple,
+        **inference_geometry()._asdict(),
         num_threads=min(config.DATA.NUM_WORKERS, MAX_EVALUATION_THREADS),
     )
 
 
 # ---------------------------------------------------------------- images
+
+
+def find_files(patterns, suffixes):
+    """The files, each once, that names of files and folders and glob patterns mean, and what is wrong with the others.
+
+    Args:
+        patterns: a folder stands for the files directly in it, `**` in a pattern for any number of folders.
+        suffixes: IMAGE_SUFFIXES or VIDEO_SUFFIXES: what counts in folders and patterns.
+
+    Returns:
+        list of Path, list of str: a line for each pattern that means nothing
+    """
+    paths, problems = {}, []
+    for pattern in map(str, patterns):
+        found, problem = _find(pattern, suffixes)
+        paths.update(dict.fromkeys(map(Path, found)))
+        if not found:
+            problems.append(f"{pattern}: {problem}")
+    return list(paths), problems
+
+
+def _find(pattern, suffixes):
+    """What one pattern means, and what to say if that is nothing."""
+    if os.path.isfile(pattern):  # a name may hold glob's characters
+        return [pattern], None
+    if not os.path.isdir(pattern) and not glob.has_magic(pattern):
+        return [], "no such file"
+    inside = os.path.join(glob.escape(pattern), "*") if os.path.isdir(pattern) else pattern
+    found = (path for path in glob.iglob(inside, recursive=True) if Path(path).suffix.lower() in suffixes)
+    return sorted(filter(os.path.isfile, found)), f"no file with one of the suffixes {' '.join(sorted(suffixes))}"
 
 
 def load_image(path):

@@ -50,8 +50,72 @@ class ImageDetections(NamedTuple):
     labels: np.ndarray
     masks: np.ndarray | None
 
+    def select(self, keep):
+        """The detections that `keep`, bool [R] or indices, picks."""
+        masks = None if self.masks is None else self.masks[keep]
+        return ImageDetections(self.boxes_xyxy[keep], self.scores[keep], self.labels[keep], masks)
+
 
 # ---------------------------------------------------------------- images
+
+
+class Predictor:
+    """A trained model, applied to images; made for use in other programs.
+
+        predictor = Predictor("train_log/run")
+        for image, found in zip(images, predictor(images)):
+            for box, score, label in zip(found.boxes_xyxy, found.scores, found.labels):
+                print(predictor.class_names[label - 1], score, box)
+
+    Threads may call one Predictor at the same time: a call is one run of the graph, and nothing else is shared. Models
+    of different settings can live in one process, as settings are read when the Predictor is made, not when it is used.
+
+    Attributes:
+        class_names: tuple of str, C long. geometry: data.Geometry, the size at which the network sees images.
+        network: the callable `predict(image, image_shape)` at the top of this file.
+    """
+
+    def __init__(self, checkpoint_path, *, settings=()):
+        """
+        Args:
+            checkpoint_path: a run's folder, a TensorFlow checkpoint or a .npz. The settings are those of the
+                config.json beside it.
+            settings: texts "KEY=VALUE" that change them, as after --config.
+
+        Raises:
+            CheckpointError, ConfigError: what `predict.py` would say.
+        """
+        path = checkpoint.resolve(checkpoint_path)
+        with config.temporary():
+            checkpoint.load_config(path, config)
+            config.update(settings)
+            if not config.DATA.CLASS_NAMES:
+                raise UserError(f"DATA.CLASS_NAMES is not set: no {checkpoint.CONFIG_FILE} beside {path} names classes")
+            config.DATA.NUM_CATEGORY = len(config.DATA.CLASS_NAMES) - 1
+            config.check()
+            self._build(path)
+
+    @classmethod
+    def configured(cls, checkpoint_path):
+        """A Predictor with the settings of the global config as they are, classes included."""
+        predictor = cls.__new__(cls)
+        predictor._build(checkpoint.resolve(checkpoint_path))
+        return predictor
+
+    def _build(self, path):
+        self.class_names = tuple(config.DATA.CLASS_NAMES[1:])
+        self.geometry = data.inference_geometry()
+        self.network = load_predictor(path)
+
+    def __call__(self, images):
+        """Returns the ImageDetections of each image, in order: see `predict_images`.
+
+        The images are uint8 [H, W, 3] BGR, as cv2.imread gives them, of any sizes; together they are one batch.
+        """
+        for image in images:
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"images must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+        return predict_images(self.network, images, geometry=self.geometry)
 
 
 def load_predictor(checkpoint_path):
@@ -72,10 +136,11 @@ def load_predictor(checkpoint_path):
     return predict
 
 
-def predict_images(predict, images):
+def predict_images(predict, images, *, geometry=None):
     """Returns the ImageDetections of each image, in order.
 
-    The images are uint8 [H, W, 3] BGR of any sizes. They go through the network as one batch, resized as configured.
+    The images are uint8 [H, W, 3] BGR of any sizes. They go through the network as one batch, resized as `geometry`
+    (a data.Geometry) says, or else the configuration.
     Boxes come back by one factor for x and one for y: they differ, because the new edges are whole pixels.
 
     Raises:
@@ -83,10 +148,7 @@ def predict_images(predict, images):
     """
     if not images:
         return []
-    max_size, multiple = data.network_geometry()
-    short_edge = config.PREPROC.TEST_SHORT_EDGE_SIZE
-    resized = [data.resize_image(image, short_edge=short_edge, max_size=max_size) for image in images]
-    batch, input_shapes = data.pad_images(resized, multiple=multiple)
+    batch, input_shapes = (geometry or data.inference_geometry()).batch(images)
     found = predict(batch, input_shapes)
     detections = []
     for index, image in enumerate(images):

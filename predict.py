@@ -1,17 +1,20 @@
 #!/usr/bin/env -S sh -c 'exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
 """Find objects in images, or evaluate a model.
 
-    ./predict.py --predict IMAGE ... --load CHECKPOINT        pictures of what was found
-    ./predict.py --evaluate OUT.json --load CHECKPOINT        COCO results and metrics on the data sets of DATA.VAL
+    ./predict.py --predict IMAGE|FOLDER|GLOB ... --load CHECKPOINT    pictures of what was found
+    ./predict.py --video VIDEO ... --load CHECKPOINT                  videos of it
+    ./predict.py --evaluate OUT.json --load CHECKPOINT                COCO results and metrics on DATA.VAL
 
 The settings are those of the config.json beside the checkpoint; --config changes them.
 """
 
 import argparse
+import difflib
 import os
 import sys
-from collections import Counter
 from pathlib import Path
+
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -23,14 +26,27 @@ from dataset import get_dataset
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--predict", nargs="+", metavar="IMAGE", help="image files; picture of each: STEM-detections.png")
+    predict_help = "image files, folders of images, or patterns; picture of each: STEM-detections.png"
+    task.add_argument("--predict", nargs="+", metavar="IMAGE", help=predict_help)
+    task.add_argument("--video", nargs="+", metavar="VIDEO", help="video files; video of each: STEM-detections.mp4")
     evaluate_help = "results file, which must not exist; with several data sets OUT-DATASET.json for each"
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
+    parser.add_argument("--json", action="store_true", help="write results beside each picture or video, too")
+    threshold_help = "lowest score in pictures and their results (default: TEST.RESULT_SCORE_THRESH_VIS)"
+    parser.add_argument("--confidence-threshold", type=_score, metavar="SCORE", help=threshold_help)
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="show only these classes")
     parser.add_argument("--no-show", action="store_true", help="open no window, even where there is a display")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the model's")
     return parser.parse_args(arguments)
+
+
+def _score(text):
+    score = float(text)
+    if not 0 <= score < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a score lies between 0 and 1")
+    return score
 
 
 def main(arguments):
@@ -38,19 +54,11 @@ def main(arguments):
     # TensorFlow is imported only once all arguments are known to be good: mistakes are answered at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     checkpoint_path = checkpoint.resolve(arguments.load)
-    load_config(checkpoint_path, arguments.config)
+    checkpoint.load_config(checkpoint_path, config)
+    config.update(arguments.config)
     if arguments.evaluate:
         return evaluate(arguments.evaluate, checkpoint_path)
-    return predict(arguments.predict, checkpoint_path, arguments.output, with_window=not arguments.no_show)
-
-
-def load_config(checkpoint_path, overrides):
-    """The settings beside the checkpoint, then those of the command line."""
-    if config_file := checkpoint.find_config(checkpoint_path):
-        config.load(config_file)
-    else:
-        report(f"no {checkpoint.CONFIG_FILE} beside {checkpoint_path}: the settings are the defaults and --config")
-    config.update(overrides)
+    return predict(arguments, checkpoint_path)
 
 
 def class_names():
@@ -79,39 +87,46 @@ def freeze_config(names):
     config.freeze()
 
 
-def predict(paths, checkpoint_path, output_dir, *, with_window):
-    """Writes a picture of each image. Bad files are reported and passed over; then the exit code is 1."""
-    config.TEST.RESULT_SCORE_THRESH = config.TEST.RESULT_SCORE_THRESH_VIS
+def predict(arguments, checkpoint_path):
+    """Writes a picture or video of each input. Bad files are reported and passed over; then the exit code is 1."""
+    threshold = arguments.confidence_threshold
+    if threshold is None:
+        threshold = config.TEST.RESULT_SCORE_THRESH_VIS
+    config.TEST.RESULT_SCORE_THRESH = threshold  # nothing is computed that will not be shown
     freeze_config(class_names())
-    missing = [path for path in paths if not Path(path).is_file()]
-    for path in missing:
-        report(f"{path}: no such file")
-    if len(missing) == len(paths):
+    labels = labels_of(arguments.classes)
+    suffixes = data.VIDEO_SUFFIXES if arguments.video else data.IMAGE_SUFFIXES
+    paths, problems = data.find_files(arguments.video or arguments.predict, suffixes)
+    for problem in problems:
+        report(problem)
+    if not paths:
         return 1
-    from eval import load_predictor, predict_images
+    import media
+    from eval import Predictor
 
-    network = load_predictor(checkpoint_path)
+    predictor = Predictor.configured(checkpoint_path)
+    style = media.Style(predictor.class_names, threshold, labels, arguments.json)
+    run = media.predict_videos if arguments.video else media.predict_files
+    options = dict(batch_size=config.TEST.BATCH_SIZE_PER_GPU, report=report)
     written = []
-    for path in (path for path in paths if path not in missing):
-        try:
-            image = data.load_image(path)
-        except data.ImageError as error:
-            report(error)
-            continue
-        (detections,) = predict_images(network, [image])
-        written.append(save(image, detections, output_dir / f"{Path(path).stem}-detections.png"))
-    if written and with_window and viz.has_display():
+    for result in run(predictor, paths, style, arguments.output, **options):
+        say(result)
+        written.append(result.path)
+    if arguments.predict and not arguments.no_show and written and viz.has_display():
         viz.show((path.name, data.load_image(path)) for path in written)
-    return 0 if len(written) == len(paths) else 1
+    return 0 if len(written) == len(paths) and not problems else 1
 
 
-def save(image, detections, path):
-    names = config.DATA.CLASS_NAMES[1:]
-    picture = viz.draw_detections(image, detections, names, score_threshold=config.TEST.RESULT_SCORE_THRESH)
-    path = viz.save_picture(picture, path)
-    counts = Counter(names[label - 1] for label in detections.labels)
-    print(f"{path}: {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing found'}", flush=True)
-    return path
+def labels_of(names):
+    """The labels of the classes of these names, or None for None."""
+    if names is None:
+        return None
+    known = config.DATA.CLASS_NAMES[1:]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known[:10]
+            raise UserError(f"the model knows no class {name!r}: --classes takes {', '.join(near)}")
+    return frozenset(known.index(name) + 1 for name in names)
 
 
 def evaluate(output, checkpoint_path):
@@ -133,8 +148,14 @@ def evaluate(output, checkpoint_path):
     return 0
 
 
+def say(line):
+    """A line on standard output, above the progress bar if there is one."""
+    tqdm.write(str(line))
+    sys.stdout.flush()
+
+
 def report(problem):
-    print(f"predict.py: {problem}", file=sys.stderr, flush=True)
+    tqdm.write(f"predict.py: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -86,22 +86,43 @@ def save_picture(picture, path):
     Raises:
         UserError: it cannot be written.
     """
-    content = cv2.imencode(".png", picture)[1].tobytes()
+    return save_new(path, {path.suffix: encode_picture(picture)})
+
+
+def encode_picture(picture):
+    """The content of a PNG file: bytes."""
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def save_new(path, contents):
+    """Writes files of one name, contents {suffix: bytes}, and returns the first one's path.
+
+    The name is the path's, or the first of NAME-1, NAME-2, ... with which no such file exists.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    first, *_ = contents
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
     try:
         os.makedirs(path.parent, exist_ok=True)
-        return next(free for free in itertools.chain([path], numbered) if _write_new(free, content))
+        free = next(free for free in itertools.chain([path], numbered) if _write_new(free, contents))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return free.with_suffix(first)
 
 
-def _write_new(path, content):
-    """Whether there was no such file, and it has been written."""
-    try:
-        with open(path, "xb") as file:
-            file.write(content)
-    except FileExistsError:
+def _write_new(path, contents):
+    """Whether there was no file of this name with any of the suffixes, and all have been written."""
+    paths = [path.with_suffix(suffix) for suffix in contents]
+    if any(each.exists() for each in paths):
         return False
+    for each, content in zip(paths, contents.values(), strict=True):
+        try:
+            with open(each, "xb") as file:
+                file.write(content)
+        except FileExistsError:  # since a moment ago
+            return False
     return True
 
 

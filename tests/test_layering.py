@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LINES = (
     {"train", "predict"},
     {"tools"},
+    {"media", "export", "inspection"},
     {"eval", "viz"},
     {"metrics"},
     {"callbacks", "checkpoint"},
@@ -29,7 +30,7 @@ ALSO_ALLOWED = {("modeling.cascade", "modeling.box_head"), ("callbacks", "checkp
 ENTRY_POINTS = LINES[0]
 FREE_PACKAGES = {"tests", "examples"}  # import what they like
 SETUP = "setup"  # runs before there is an environment: scripts that know nothing of the rest
-READS_CONFIG = {"train", "predict", "tools", "modeling.rcnn", "data", "eval"}
+READS_CONFIG = {"train", "predict", "tools", "modeling.rcnn", "data", "eval", "export", "inspection"}
 CONFIG_FOR_ALL = {"UserError"}
 PRINTS = {"train", "predict", "tools", "examples", SETUP}
 MAX_FUNCTION_LINES = 60

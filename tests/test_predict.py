@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from virtual_display import VirtualDisplay, needs_display
 
+import data
+import eval
 import predict
 import viz
 from config import Config, UserError
@@ -114,7 +117,21 @@ def test_no_image_is_there(checkpoint):
     write_config(checkpoint, "DATA.NUM_CATEGORY=1", "DATA.CLASS_NAMES=('BG','disc')")
     code, errors, _ = run_without_tensorflow("--predict", "a.jpg", checkpoint, "--load", checkpoint)
     assert code == 1
-    assert errors == ["predict.py: a.jpg: no such file", f"predict.py: {checkpoint}: no such file"]
+    assert errors[0] == "predict.py: a.jpg: no such file"
+    assert len(errors) == 2 and errors[1].startswith(f"predict.py: {checkpoint}: no file with one of the suffixes ")
+
+
+@pytest.mark.parametrize("score", ["-0.1", "1", "half"])
+def test_threshold_that_is_no_score(score):
+    code, errors, _ = run_without_tensorflow("--predict", "a", "--load", "b", f"--confidence-threshold={score}")
+    assert code == 2 and "--confidence-threshold" in errors[-1]
+
+
+def test_class_that_the_model_does_not_know(checkpoint, tmp_path):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=('BG','disc','box')")
+    code, errors, _ = run_without_tensorflow("--predict", "a.jpg", "--load", checkpoint, "--classes", "box", "discs")
+    assert code == 2
+    assert errors == ["predict.py: the model knows no class 'discs': --classes takes disc"]
 
 
 @pytest.mark.parametrize(
@@ -148,33 +165,43 @@ def test_data_set_of_other_classes(checkpoint, tmp_path):
 # ---------------------------------------------------------------- with a stand-in for the network
 
 
+class StandIn:
+    """A Predictor that finds one disc and two boxes in every image, and notes the sizes of its batches."""
+
+    class_names = ("disc", "box")
+    geometry = data.Geometry(short_edge=64, max_size=128, multiple=32)
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, images):
+        self.batches.append([image.shape[:2] for image in images])
+        boxes_xyxy = np.float32([[1, 1, 9, 9], [3, 3, 20, 20], [5, 5, 30, 30]])
+        masks = np.zeros((3, *images[0].shape[:2]), bool)
+        masks[:, 5:9, 5:9] = True
+        found = eval.ImageDetections(boxes_xyxy, np.float32([0.9, 0.8, 0.7]), np.array([2, 1, 2]), masks)
+        return [found] * len(images)
+
+
 @pytest.fixture
 def network(monkeypatch):
-    """Stands in for eval.py: finds one disc and two boxes in every image; notes what it is asked for."""
-    monkeypatch.setattr(predict, "config", Config())
+    """Puts stand-ins in place of the model; notes what it is asked for."""
+    for module in (predict, data, eval):
+        monkeypatch.setattr(module, "config", Config())
+    monkeypatch.setattr(predict, "config", data.config)
     monkeypatch.setattr(viz, "has_display", lambda: False)
-    calls = SimpleNamespace(loaded=[], evaluated=[], config=predict.config)
+    calls = SimpleNamespace(loaded=[], evaluated=[], config=predict.config, predictor=StandIn())
 
-    def predict_images(function, images):
-        assert function == "function"
-        boxes_xyxy = np.float32([[1, 1, 9, 9], [3, 3, 20, 20], [5, 5, 30, 30]])
-        return [
-            SimpleNamespace(
-                boxes_xyxy=boxes_xyxy, scores=np.float32([0.9, 0.8, 0.7]), labels=np.array([2, 1, 2]), masks=None
-            )
-        ] * len(images)
-
-    def load_predictor(path):
+    def load(path):
         calls.loaded.append(str(path))
-        return "function"
+        return calls.predictor
 
     def evaluate_dataset(function, dataset, *, output):
         calls.evaluated.append((function, dataset.name, str(output)))
 
-    stand_in = SimpleNamespace(
-        load_predictor=load_predictor, predict_images=predict_images, evaluate_dataset=evaluate_dataset
-    )
-    monkeypatch.setitem(sys.modules, "eval", stand_in)
+    monkeypatch.setattr(eval.Predictor, "configured", load)
+    monkeypatch.setattr(eval, "load_predictor", lambda path: "function")
+    monkeypatch.setattr(eval, "evaluate_dataset", evaluate_dataset)
     return calls
 
 
@@ -208,6 +235,68 @@ def test_pictures(network, checkpoint, tmp_path, capsys, monkeypatch):
     assert run("--predict", images[0], "--load", checkpoint, "--output", tmp_path / "out") == 0
     assert (tmp_path / "out" / "1-detections-2.png").exists()
     assert (tmp_path / "out" / names[0]).read_bytes() == before
+
+
+def test_folders_patterns_and_batches(network, checkpoint, tmp_path, capsys):
+    """Of each size of network input as many images together as TEST.BATCH_SIZE_PER_GPU says."""
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    for number in range(5):
+        write_image(tmp_path / "folder" / f"{number}.PNG", 60, 80)
+    write_image(tmp_path / "folder" / "tall.jpg", 80, 60)
+    (tmp_path / "folder" / "notes.txt").touch()
+    write_image(tmp_path / "deep" / "er" / "6.png")
+    inputs = [tmp_path / "folder", tmp_path / "deep" / "**" / "*", tmp_path / "folder" / "0.PNG"]
+    output = tmp_path / "out"
+    settings = ["--output", output, "--config", "TEST.BATCH_SIZE_PER_GPU=3"]
+    assert run("--predict", *inputs, "--load", checkpoint, *settings) == 0
+    assert network.predictor.batches == [[(60, 80)] * 3, [(60, 80)] * 3, [(80, 60)]]
+    stems = ["0", "1", "2", "3", "4", "6", "tall"]
+    assert sorted(path.name for path in output.iterdir()) == [f"{stem}-detections.png" for stem in stems]
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_json_beside_the_picture(network, checkpoint, tmp_path):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    image = write_image(tmp_path / "a.jpg", 60, 80)
+    (tmp_path / "a-detections.json").write_text("mine")
+    options = ["--json", "--output", tmp_path, "--classes", "box", "--confidence-threshold", 0.75]
+    assert run("--predict", image, "--load", checkpoint, *options) == 0
+    assert (tmp_path / "a-detections.json").read_text() == "mine"
+    assert (tmp_path / "a-detections-1.png").exists() and not (tmp_path / "a-detections.png").exists()
+    (result,) = json.loads((tmp_path / "a-detections-1.json").read_text())
+    mask = mask_util.decode(result.pop("segmentation"))
+    assert mask.shape == (60, 80) and mask.sum() == 16 and mask[5:9, 5:9].all()
+    assert result == {
+        "image_id": str(image),
+        "category_id": 2,
+        "category_name": "box",
+        "bbox": [1.0, 1.0, 8.0, 8.0],
+        "score": 0.9,
+    }
+
+
+def test_video(network, checkpoint, tmp_path, capsys):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    (tmp_path / "bad.mp4").write_text("no video")
+    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (500, 400))
+    for grey in range(0, 250, 50):
+        writer.write(np.full((400, 500, 3), grey, np.uint8))
+    writer.release()
+    options = ["--json", "--output", tmp_path / "out", "--config", "TEST.BATCH_SIZE_PER_GPU=2"]
+    code = run("--video", tmp_path / "in.mp4", tmp_path / "bad.mp4", "--load", checkpoint, *options)
+    captured = capsys.readouterr()
+    assert code == 1 and captured.err == f"predict.py: {tmp_path / 'bad.mp4'}: not readable as a video\n"
+    assert captured.out == f"{tmp_path / 'out' / 'in-detections.mp4'}: 10 box, 5 disc\n"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in-detections.json", "in-detections.mp4"]
+    assert network.predictor.batches == [[(400, 500)] * 2, [(400, 500)] * 2, [(400, 500)]]
+    video = cv2.VideoCapture(str(tmp_path / "out" / "in-detections.mp4"))
+    assert video.get(cv2.CAP_PROP_FPS) == 10
+    pictures = [video.read()[1] for _ in range(5)]
+    assert not video.read()[0]
+    assert [abs(int(picture[390, 490, 0]) - grey) < 8 for picture, grey in zip(pictures, range(0, 250, 50))]
+    assert all(np.abs(picture[:40, :40].astype(int) - picture[390, 490]).max() > 60 for picture in pictures)  # drawn on
+    results = json.loads((tmp_path / "out" / "in-detections.json").read_text())
+    assert [result["image_id"] for result in results] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
 def test_bad_files_are_reported_and_the_rest_goes_on(network, checkpoint, tmp_path, capsys):
