@@ -12,6 +12,8 @@ import pycocotools.mask as mask_util
 
 # Below three points a polygon has no area.
 MIN_POLYGON_POINTS = 3
+# Objects of at most so many square pixels cannot be learned: in the file's image as in the resized one.
+MIN_BOX_AREA = 1
 
 
 def area(boxes_xyxy):

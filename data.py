@@ -44,8 +44,6 @@ logger = logging.getLogger(__name__)
 FPN_MULTIPLE = 32
 # No edge is resized below the coarsest stride (a 1 x 5000 image would vanish).
 MIN_EDGE = 32
-# Objects of at most this many square pixels cannot be learned; the data sets leave them out by the same limit.
-MIN_BOX_AREA = 1
 CROWD_LABEL = -1
 # Results that may wait for their turn, for each worker; bounds the memory.
 LOOKAHEAD_PER_WORKER = 3
@@ -297,7 +295,7 @@ class ExampleMaker:
         image = resize_image(image, short_edge=_draw_short_edge(self.short_edge, rng), max_size=self.max_size)
         view = View(*image.shape[:2], image.shape[1] / record.width, image.shape[0] / record.height, flip)
         boxes_xyxy = view.map_boxes(record.boxes_xyxy)
-        keep = np.flatnonzero(boxes.area(boxes_xyxy) > MIN_BOX_AREA)
+        keep = np.flatnonzero(boxes.area(boxes_xyxy) > boxes.MIN_BOX_AREA)
         example = {
             "image": image,
             "gt_boxes": boxes_xyxy[keep],

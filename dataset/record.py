@@ -12,6 +12,12 @@ class DatasetError(UserError):
     """A data set that cannot be used as it is: one line that names file, key or id, and what is expected."""
 
 
+class TooManyDropped(DatasetError):
+    """More objects cannot be trained on than the configuration allows."""
+
+    exit_code = 4
+
+
 # No generated __eq__: it would compare arrays and fail.
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
@@ -42,10 +48,10 @@ class Dataset(ABC):
     """A named set of annotated images. A format is a subclass that sets the attributes and makes the records.
 
     Attributes:
-        name: as in the configuration.
+        name: short, without characters that a file's name can't have.
         class_names: tuple of C names, without background.
         category_ids: tuple of C; label k is the category with id `category_ids[k - 1]` in the annotations and results.
-        annotation_file: path of the ground truth in COCO's json format, for the evaluation.
+        annotation_file: path of the annotations, for messages.
         image_ids: tuple of the ids of this data set's images, ascending. The annotation file may list more.
     """
 
@@ -56,15 +62,21 @@ class Dataset(ABC):
     image_ids: tuple
 
     @abstractmethod
-    def records(self, *, training, filter_empty=True, masks=True):
+    def records(self, *, training, filter_empty=True, masks=True, max_dropped=1.0):
         """The images as a list of Records, in ascending order of image id.
 
         Args:
             training: False gives every image with all its ground truth. True leaves out objects that cannot be learned:
-                area <= 1, marked `ignore`, empty inside the image, or without a usable segmentation (if `masks`).
+                marked `ignore`, area <= 1, empty inside the image, or without a usable segmentation (if `masks`).
             filter_empty: with `training`, leave out images that hold nothing but crowd regions, or nothing at all.
             masks: whether the training uses masks.
+            max_dropped: largest share, 0..1, of objects that may be left out (those marked `ignore` do not count).
 
         Raises:
             DatasetError: nothing is left to train on, or `masks` and an object has no segmentation at all.
+            TooManyDropped: more than `max_dropped` is left out.
         """
+
+    @abstractmethod
+    def ground_truth(self):
+        """The annotations for COCO's metrics: path of a json in COCO's format, or its content as a new dict."""

@@ -152,13 +152,11 @@ def test_objects_that_cannot_be_learned_are_left_out_of_training_only(make, capl
     assert [None if s is None else len(s) for s in record.segmentations] == [1, 1, 1, 2, None]
     assert record.boxes_xyxy.shape == (5, 4)
     assert record.labels.shape == record.is_crowd.shape == (5,)
-    for line in (
-        "1 object left out of training: marked",
-        "2 objects left out of training: area",
-        "4 objects",
-        "3 objects",
-    ):
+    # Marked as `ignore` is no fault.
+    assert "9 objects of 15 left out of training" in caplog.text
+    for line in ("area <= 1: 2", "outside the image: 2", "height 0: 1", "below 0: 1", "no usable polygon: 3"):
         assert line in caplog.text
+    assert "annotation id 6: width or height 0, bbox [10, 10, 0, 5] (in 5.jpg)" in caplog.text
     assert len(data.records(training=True, masks=False)[0].labels) == len(good) + 3
 
 
@@ -238,8 +236,6 @@ RLE = {"size": [40, 60], "counts": [2400]}
         ('{"images": [', "not valid JSON"),
         ("", "not valid JSON"),
         ("\x00\xff", "not valid JSON"),
-        ('{"images": [NaN]}', "NaN is not a JSON number"),
-        ('{"images": [-Infinity]}', "-Infinity is not a JSON number"),
         ("[" * 100_000, "nested too deeply"),
         ('{"images": [' + "9" * 1_000_000 + "]}", "not valid JSON"),
         ('{"images": [], "annotations": []}', 'no key "categories"'),
@@ -323,7 +319,7 @@ def test_broken_entries_are_refused_by_name(make, content, message):
     assert error.value.exit_code == 2
 
 
-@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity", "-Infinity"])
 def test_numbers_beyond_the_floating_range(make, number):
     text = json.dumps(coco_json(annotations=[annotation(bbox=[1, 2, 3, 12345])])).replace("12345", number)
     with pytest.raises(DatasetError, match="annotation id 1 must have a bbox"):
@@ -343,7 +339,7 @@ def test_all_problems_come_in_one_message(make):
     content["images"].append(image(11))
     with pytest.raises(DatasetError) as error:
         make(content)
-    for part in ("4 problems: ", "annotation id 1 ", "annotation id 3 ", "annotation id 4 ", "1 of 3 images missing"):
+    for part in ("4 problems ", "annotation id 1 ", "annotation id 3 ", "annotation id 4 ", "1 of 3 images missing"):
         assert part in str(error.value)
     assert "annotation id 2 " not in str(error.value)
 
@@ -368,7 +364,7 @@ def test_missing_images_are_named(make, tmp_path):
 @pytest.mark.parametrize("name", ["../5.jpg", "/5.jpg", "a/../../5.jpg", "..", "a\\..\\..\\5.jpg"])
 def test_file_names_may_not_leave_the_image_directory(make, tmp_path, name):
     (tmp_path / "5.jpg").touch()
-    with pytest.raises(DatasetError, match="1 file_name outside the image directory: "):
+    with pytest.raises(DatasetError, match="1 of 1 image outside .*images: "):
         make(coco_json(images=[image(5, file_name=name)]))
 
 
@@ -380,7 +376,7 @@ def test_links_may_not_leave_the_image_directory(make, tmp_path):
     (tmp_path / "images" / "inner.jpg").symlink_to(tmp_path / "images" / "9.jpg")
     (tmp_path / "images" / "directory").symlink_to(tmp_path / "elsewhere")
     for name in ("link.jpg", "directory/1.jpg"):
-        with pytest.raises(DatasetError, match=f"outside the image directory: {name}"):
+        with pytest.raises(DatasetError, match=f"outside .*images: {name}"):
             make(coco_json(images=[image(5, file_name=name)]))
     make(coco_json(images=[image(5, file_name="inner.jpg")]))
 

@@ -1,0 +1,328 @@
+"""The rules for annotations in COCO's format: what is refused, what training leaves out, what is only worth knowing.
+
+CocoDataset applies them before a training starts and `tools/doctor.py` reports them: this is the only implementation.
+Each function takes the json's entries, appends a Finding for whatever is wrong, and returns what can be used.
+"""
+
+import collections
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+import boxes as box_tools
+
+REFUSED, DROPPED, NOTED = "refused", "left out of training", "noted"
+
+# Every rule: what becomes of what breaks it, and what is wrong with it.
+RULES = {
+    "format": (REFUSED, "not in COCO's format"),
+    "duplicate": (REFUSED, "id or file_name that occurs twice"),
+    "image_id": (REFUSED, "image_id that no image has"),
+    "category_id": (REFUSED, "category_id that no category has"),
+    "bbox": (REFUSED, "bbox that is not 4 finite numbers"),
+    "segmentation": (REFUSED, "segmentation that cannot be read"),
+    "outside file": (REFUSED, "file_name outside the image directory"),
+    "missing file": (REFUSED, "image file missing"),
+    "reversed box": (DROPPED, "width or height below 0"),
+    "zero box": (DROPPED, "width or height 0"),
+    "outside box": (DROPPED, "box outside the image"),
+    "tiny": (DROPPED, "area <= 1"),
+    "no polygon": (DROPPED, "no usable polygon"),
+    "ignore": (NOTED, "marked as ignore, not trained on"),
+    "clipped box": (NOTED, "box that reaches outside the image, clipped"),
+    "bad polygon": (NOTED, "polygon of fewer than 3 points or an odd count, left out"),
+    "far polygon": (NOTED, "polygon far outside the image, cut off"),
+    "same name": (NOTED, "category name that occurs twice"),
+}
+# Does not matter to a training without masks.
+NO_MASK = "no polygon"
+# A polygon or box beyond this is not a coordinate, and would not fit in float32.
+_LARGEST = 1e30
+# A box may reach so many pixels outside its image before it is worth a word.
+_BOX_MARGIN = 1
+
+
+class Finding(NamedTuple):
+    """Something that breaks a rule: `rule` is a key of RULES; `text` is one line that names entry and file."""
+
+    rule: str
+    text: str
+    file_name: str | None = None
+    annotation_id: int | None = None
+
+    @property
+    def level(self):
+        return RULES[self.rule][0]
+
+
+# -------------------------------------------------------------------------------------------------------------- entries
+
+
+def check_categories(entries, findings):
+    """Names by category id."""
+    names = {}
+    for index, entry in enumerate(entries):
+        if not _has_id(entry) or type(entry.get("name")) is not str:
+            text = f"categories[{index}] must have a whole number id and a name: {shorten(entry)}"
+            findings.append(Finding("format", text))
+        elif entry["id"] in names:
+            findings.append(Finding("duplicate", f"category id {entry['id']} occurs twice"))
+        elif entry["name"] in names.values():
+            findings.append(Finding("same name", f"category id {entry['id']} is one more {entry['name']!r}"))
+        if _has_id(entry):
+            names[entry["id"]] = entry.get("name")
+    return names
+
+
+def check_images(entries, findings):
+    """Image entries by image id; None for a broken one, so that its annotations are not called wrong as well."""
+    images, file_names = {}, set()
+    for index, entry in enumerate(entries):
+        problem = _image_problem(entry)
+        if problem:
+            findings.append(Finding("format", f"images[{index}] {problem}"))
+            if _has_id(entry):
+                images[entry["id"]] = None
+            continue
+        name = entry["file_name"]
+        if entry["id"] in images:
+            findings.append(Finding("duplicate", f"image id {entry['id']} occurs twice", name))
+        if name in file_names:
+            findings.append(Finding("duplicate", f"file_name {name} occurs twice", name))
+        images[entry["id"]] = entry
+        file_names.add(name)
+    return images
+
+
+def _has_id(entry):
+    return isinstance(entry, dict) and type(entry.get("id")) is int
+
+
+def _image_problem(entry):
+    if not _has_id(entry):
+        return f"must have a whole number id: {shorten(entry)}"
+    name = entry.get("file_name")
+    if type(name) is not str or not name or "\0" in name:
+        return f"(id {entry['id']}) has no file_name"
+    height, width = entry.get("height"), entry.get("width")
+    # Run-length encodings count a mask's pixels in 32 bits.
+    if type(height) is not int or type(width) is not int or min(height, width) < 1 or height * width >= 2**32:
+        return f"(id {entry['id']}) has no usable height and width: {shorten(height)}, {shorten(width)}"
+    return None
+
+
+def check_annotations(entries, images, categories, findings):
+    """The usable annotations of each image, {image id: list} in the file's order."""
+    by_image, seen = collections.defaultdict(list), set()
+    for index, entry in enumerate(entries):
+        rule, problem = _annotation_problem(entry, images, categories) or (None, None)
+        annotation_id = entry.get("id") if isinstance(entry, dict) else None
+        if rule:
+            name = f"[{index}]" if annotation_id is None else f"id {shorten(annotation_id)}"
+            file_name = _file_name(entry, images)
+            findings.append(_of_annotation(rule, f"annotation {name} {problem}", file_name, annotation_id))
+            continue
+        if annotation_id in seen:
+            text = f"annotation id {annotation_id} occurs twice"
+            findings.append(_of_annotation("duplicate", text, _file_name(entry, images), annotation_id))
+        seen.add(annotation_id)
+        if images[entry["image_id"]]:
+            by_image[entry["image_id"]].append(entry)
+    return by_image
+
+
+def _of_annotation(rule, text, file_name, annotation_id):
+    return Finding(rule, f"{text} (in {file_name})" if file_name else text, file_name, annotation_id)
+
+
+def _file_name(annotation, images):
+    image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
+    image = images.get(image_id) if type(image_id) is int else None
+    return image["file_name"] if image else None
+
+
+def _annotation_problem(entry, images, categories):
+    """(rule, what is wrong), or None."""
+    if not _has_id(entry):
+        return "format", f"must have a whole number id: {shorten(entry)}"
+    image_id, category_id = entry.get("image_id"), entry.get("category_id")
+    if type(image_id) is not int or image_id not in images:
+        return "image_id", f"has an unknown image_id: {shorten(image_id)}"
+    if type(category_id) is not int or category_id not in categories:
+        return "category_id", f"has an unknown category_id: {shorten(category_id)}"
+    bbox = entry.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        return "bbox", f"must have a bbox of 4 finite numbers: {shorten(bbox)}"
+    if entry.get("area") is not None and not _is_number(entry["area"]):
+        return "format", f"has an area that is not a number: {shorten(entry['area'])}"
+    if entry.get("iscrowd") not in (None, 0, 1):
+        return "format", f"has an iscrowd that is neither 0 nor 1: {shorten(entry['iscrowd'])}"
+    return None
+
+
+def _is_number(value):
+    return type(value) in (int, float) and -_LARGEST < value < _LARGEST
+
+
+# -------------------------------------------------------------------------------------------------------------- objects
+
+
+class Objects(NamedTuple):
+    """The G annotated objects of an image.
+
+    boxes_xyxy: float32 [G, 4], clipped to the image. segmentations: tuple of G, as in Record. faults: tuple of G, why
+    training leaves an object out (a key of RULES), or "".
+    """
+
+    boxes_xyxy: np.ndarray
+    segmentations: tuple
+    faults: tuple
+
+
+def check_objects(image, annotations, findings):
+    """The Objects of an image entry and its usable annotations."""
+    height, width, file_name = image["height"], image["width"], image["file_name"]
+    raw_xyxy = box_tools.xywh_to_xyxy(np.array([annotation["bbox"] for annotation in annotations], np.float64))
+    boxes_xyxy = box_tools.clip(raw_xyxy, height, width).astype(np.float32)
+    reaches_out = np.any(np.abs(raw_xyxy - boxes_xyxy) > _BOX_MARGIN, axis=1).tolist()
+    segmentations, faults = [], []
+    for annotation, box, is_clipped in zip(annotations, boxes_xyxy.tolist(), reaches_out):
+        segmentation, broken_rules = _segmentation(annotation, height, width)
+        fault = object_fault(annotation, box, segmentation)
+        if fault:
+            broken_rules.append((fault, f": {RULES[fault][1]}, bbox {shorten(annotation['bbox'])}"))
+        elif is_clipped:
+            text = f": bbox {shorten(annotation['bbox'])} reaches outside {width} x {height} pixels"
+            broken_rules.append(("clipped box", text))
+        for rule, text in broken_rules:
+            text = f"annotation id {annotation['id']}{text}"
+            findings.append(_of_annotation(rule, text, file_name, annotation["id"]))
+        segmentations.append(segmentation)
+        faults.append(fault)
+    return Objects(boxes_xyxy, tuple(segmentations), tuple(faults))
+
+
+def object_fault(annotation, box_xyxy, segmentation):
+    """Why training leaves an object out (a key of RULES), or "".
+
+    Args:
+        annotation: usable entry of the json. box_xyxy: its box, clipped to the image. segmentation: as in Record.
+    """
+    (x1, y1, x2, y2), (width, height) = box_xyxy, annotation["bbox"][2:]
+    area = annotation.get("area")
+    if annotation.get("ignore") == 1:
+        return "ignore"
+    if width < 0 or height < 0:
+        return "reversed box"
+    if width == 0 or height == 0:
+        return "zero box"
+    if x2 <= x1 or y2 <= y1:
+        return "outside box"
+    if min((x2 - x1) * (y2 - y1), box_tools.MIN_BOX_AREA + 1 if area is None else area) <= box_tools.MIN_BOX_AREA:
+        return "tiny"
+    return "" if segmentation or annotation.get("iscrowd") else NO_MASK
+
+
+def lacks_segmentation(annotation):
+    """Whether there is no mask to learn, and none was meant to be: the data set is one of boxes."""
+    return annotation.get("segmentation") is None and not annotation.get("iscrowd")
+
+
+def _segmentation(annotation, height, width):
+    """(segmentation as in Record, list of broken rules with a text each)."""
+    segmentation = annotation.get("segmentation")
+    if segmentation is None:
+        return None, []
+    try:
+        if isinstance(segmentation, dict):
+            return box_tools.compress_rle(segmentation, height, width), []
+        if not isinstance(segmentation, list):
+            raise ValueError("it is neither polygons nor RLE")
+        polygons = [_polygon(numbers) for numbers in segmentation]
+    except ValueError as error:
+        return None, [("segmentation", f" has a broken segmentation: {error}")]
+    usable = [polygon for polygon in polygons if polygon is not None]
+    broken_rules = []
+    if usable and len(usable) < len(polygons):
+        broken_rules.append(("bad polygon", f" has {len(polygons) - len(usable)} of {len(polygons)} polygons unusable"))
+    reach = 2 * max(height, width)
+    if any(np.abs(polygon).max() > reach for polygon in usable):
+        broken_rules.append(("far polygon", f" has a polygon far outside the {width} x {height} image"))
+    return usable or None, broken_rules
+
+
+def _polygon(numbers):
+    """A polygon `[x1, y1, x2, y2, ...]` as float32 [P, 2]; None if that is no polygon."""
+    try:
+        polygon = np.asarray(numbers)
+    except ValueError:  # Lists of different lengths within.
+        polygon = np.empty((1, 1))
+    if polygon.ndim != 1 or (polygon.size and polygon.dtype.kind not in "iuf"):
+        raise ValueError("a polygon is not a list of numbers")
+    if polygon.size and not -_LARGEST < polygon.min() <= polygon.max() < _LARGEST:
+        raise ValueError("a polygon's coordinate is not finite")
+    if polygon.size < 2 * box_tools.MIN_POLYGON_POINTS or polygon.size % 2:
+        return None
+    return polygon.astype(np.float32).reshape(-1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def check_files(file_names, image_dir, findings):
+    """Findings for names that leave the image directory and for missing files. One listing per directory."""
+    listed = {}
+    for name in file_names:
+        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+            findings.append(_outside(name))
+            continue
+        directory, base = os.path.split(name)
+        if directory not in listed:
+            listed[directory] = _list_files(os.path.join(image_dir, directory), image_dir)
+        if base not in listed[directory]:
+            findings.append(Finding("missing file", f"image {name} is missing in {image_dir}", name))
+        elif not listed[directory][base]:
+            findings.append(_outside(name))
+
+
+def _outside(name):
+    return Finding("outside file", f"file_name {name} is outside the image directory", name)
+
+
+def _list_files(directory, root):
+    """The names of a directory's files, each with whether it really lies below `root`; links may lead out of it."""
+    root = os.path.realpath(root)
+    inside = _is_inside(directory, root)
+    try:
+        with os.scandir(directory) as entries:
+            return {
+                entry.name: _is_inside(entry.path, root) if entry.is_symlink() else inside
+                for entry in entries
+                if not entry.is_dir()
+            }
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_inside(path, root):
+    return os.path.commonpath([os.path.realpath(path), root]) == root
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+def name_some(items, *, limit=10, separator=", "):
+    """The first of many texts, and how many more there are."""
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+def count(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def shorten(value, limit=60):
+    """A value on one line, at most `limit` characters long."""
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
