@@ -126,12 +126,11 @@ def load_predictor(checkpoint_path):
     Raises:
         CheckpointError: the checkpoint is unreadable or of another model.
     """
-    with tf.Graph().as_default() as graph:
+    with tf.Graph().as_default():
         inference = rcnn.Inference()
-        session = tf.Session(config=rcnn.session_config())
-        _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
-        predict = inference.bind(session)
-    graph.finalize()
+        with tf.Session(config=rcnn.session_config()) as session:
+            _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
+            predict = inference.freeze(session)
     logger.info("\n".join(report))
     return predict
 
