@@ -466,6 +466,16 @@ class TrainingData:
         if self._examples is not None:
             self._examples.close()
 
+    def awaited(self):
+        """The image that the next batch waits for, in words; "" where none is being prepared."""
+        return self._examples.awaited() if self._examples is not None else ""
+
+    def batch_of(self, positions):
+        """The batch of these positions once more, for a look at what went wrong with it."""
+        index = dict(itertools.islice(self._order(), max(positions) + 1))
+        examples = [self._make(TrainingTask(self._records[index[position]], position)) for position in positions]
+        return collate(examples, multiple=self._multiple)
+
     def plan(self):
         """The batches without end, each a list of N (position, index of the record); looks at no file."""
         groups = {True: [], False: []}
@@ -577,6 +587,13 @@ class OrderedMap:
         """End the iteration and the workers, whatever they are doing; from any thread."""
         atexit.unregister(self._stop)
         self._stop()
+
+    def awaited(self):
+        """The task that the next result waits for, in words, with its worker; "" where there is none."""
+        for worker, number, task in list(self._busy.values()):
+            if number == self._num_given:
+                return f"{task}, in worker {worker.process.pid}"
+        return ""
 
     def _receive_next(self):
         self._exchange(timeout=0)

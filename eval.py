@@ -27,6 +27,7 @@ import boxes
 import checkpoint
 import data
 import metrics
+from checkpoint import unused_path
 from config import config
 from metrics import EvaluationError, NonFiniteError
 from modeling import rcnn
@@ -217,13 +218,6 @@ def coco_results(image_id, detections, category_ids, *, rles=None):
     return results
 
 
-def unused_path(path):
-    """Returns the path, or the first of NAME-1.EXT, NAME-2.EXT, ... that does not exist."""
-    path = Path(path)
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
-
-
 class ResultsFile:
     """Writes a COCO results json as the results come; the file has its name only when it is complete.
 
@@ -354,7 +348,7 @@ class EvalCallback(Callback):
     Metrics go to the trainer's monitors as NAME-METRIC (NAME: the data set), results to OUTPUT_DIR/NAME-STEP.json.
     """
 
-    def __init__(self, build_inference, datasets, *, period_epochs, output_dir):
+    def __init__(self, build_inference, datasets, *, period_epochs, output_dir, before_batch, offer):
         """
         Args:
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `predict`
@@ -362,27 +356,40 @@ class EvalCallback(Callback):
             datasets: list of Datasets.
             period_epochs: 0 means only after the last epoch.
             output_dir: folder for the results.
+            before_batch: called before each batch; may raise, to end the training.
+            offer: called with the name and the value of the first data set's AP, of masks if the model has them.
         """
         self._build_inference = build_inference
         self._datasets = datasets
         self._period = period_epochs
         self._output_dir = Path(output_dir)
+        self._before_batch, self._offer = before_batch, offer
 
     def _setup_graph(self):
         self._inference = self._build_inference()
 
     def _before_train(self):
-        self._predict = self._inference.bind(self.trainer.sess)
+        run = self._inference.bind(self.trainer.sess)
+
+        def predict(image, image_shape):
+            self._before_batch()
+            return run(image, image_shape)
+
+        self._predict = predict
 
     def _trigger_epoch(self):
         is_last = self.epoch_num == self.trainer.max_epoch
         if is_last or (self._period > 0 and self.epoch_num % self._period == 0):
-            for dataset in self._datasets:
-                self._evaluate(dataset)
+            metrics = [self._evaluate(dataset) for dataset in self._datasets]
+            if metrics:
+                name = f"mAP({'segm' if config.MODE_MASK else 'bbox'})/IoU=0.5:0.95"
+                self._offer(f"{self._datasets[0].name}-{name}", metrics[0][name])
 
     def _evaluate(self, dataset):
         # A run that was resumed from before this step has been here already: its results stay.
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
-        for name, value in evaluate_dataset(self._predict, dataset, output=output).items():
+        metrics = evaluate_dataset(self._predict, dataset, output=output)
+        for name, value in metrics.items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)
+        return metrics

@@ -328,7 +328,15 @@ def test_callback(config, dataset, tmp_path, period, steps):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "rectangles-8.json").write_text("of the run before")
-    callback = evaluation.EvalCallback(lambda: Inference(dataset), [dataset], period_epochs=period, output_dir=folder)
+    batches, offers = [], []
+    callback = evaluation.EvalCallback(
+        lambda: Inference(dataset),
+        [dataset],
+        period_epochs=period,
+        output_dir=folder,
+        before_batch=lambda: batches.append(1),
+        offer=lambda *offer: offers.append(offer),
+    )
     recorder = Recorder()
     settings = TrainConfig(
         model=OneVariable(),
@@ -346,5 +354,7 @@ def test_callback(config, dataset, tmp_path, period, steps):
     assert (folder / "rectangles-8.json").read_text() == "of the run before"
     ap = [(step, value) for step, name, value in recorder.scalars if name == "rectangles-mAP(segm)/IoU=0.5:0.95"]
     assert ap == [(step, pytest.approx(1)) for step in steps]
+    assert offers == [("rectangles-mAP(segm)/IoU=0.5:0.95", pytest.approx(1))] * len(steps)
+    assert len(batches) >= len(steps)
     # There are no medium or large objects: nothing is reported of them.
     assert len(recorder.scalars) == 8 * len(steps) and not any(math.isnan(value) for _, _, value in recorder.scalars)

@@ -1,6 +1,7 @@
 """The programs as they are used, in processes of their own, on a tiny model and generated data."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,9 +46,12 @@ SETTINGS = [
 ]
 
 
-def run(program, *arguments, timeout=300):
+def run(program, *arguments, timeout=300, fault="", one_core=False):
+    """Run a program; `fault`: see faulty_train.py. On one core TensorFlow computes the same bits every time."""
     command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, "FAULT": fault}
+    pin = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if one_core else None
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, preexec_fn=pin)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def basedir(tmp_path_factory):
 def trained(basedir, tmp_path_factory):
     """(directory, output) of a run of 12 steps."""
     logdir = tmp_path_factory.mktemp("runs") / "first"
-    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}")
+    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", one_core=True)
     assert result.returncode == 0, result.stderr
     return logdir, result.stdout + result.stderr
 
@@ -126,8 +130,43 @@ class TestTraining:
         settings = [*SETTINGS, f"DATA.BASEDIR={basedir}", "TRAIN.BASE_LR=1e9", "TRAIN.WARMUP=0"]
         result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
         assert result.returncode == 3
-        assert "the loss is not finite at step" in result.stderr.strip().splitlines()[-1]
+        message = result.stderr.strip().splitlines()[-1]
+        assert "the loss or its gradient is not finite at step" in message
+        assert all(part in message for part in ("images ", "wd_cost=", "label_loss=", "learning rate 1e+09"))
+        assert "there is no checkpoint yet" in message
         assert not list((tmp_path / "run").glob("model-*"))
+        (batch,) = (tmp_path / "run").glob("diverged-*-rank0.npz")
+        assert str(batch) in message
+        with np.load(batch) as saved:
+            assert saved["tower0/image"].shape[0] == 2
+            assert all(str(image_id) in message for image_id in saved["tower0/image_id"])
+
+    def test_interrupted_and_resumed_it_ends_as_if_nothing_had_been(self, trained, basedir, tmp_path):
+        logdir = tmp_path / "run"
+        arguments = ["--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}"]
+        resuming = ["--resume", *arguments]
+
+        def start(fault, *arguments):
+            return run("tests/faulty_train.py", *arguments, fault=fault, one_core=True)
+
+        assert start("worker_raises=0", *arguments).returncode == 4  # before its first step: it can be tried again
+        stopped = start("sigterm_in_step=4", *arguments)
+        assert stopped.returncode == 143
+        assert stopped.stderr.splitlines()[-1] == "train.py: stopped by SIGTERM; --resume goes on from the checkpoint"
+        assert sorted(path.name for path in logdir.glob("model-*.index")) == ["model-4.index"]
+        stopped = start("sigint_in_evaluation", *resuming)
+        assert stopped.returncode == 130
+        assert not (logdir / "shapes_val-12.json").exists()
+        finished = start("", *resuming)
+        assert finished.returncode == 0, finished.stderr
+        for name in ("model-12.data-00000-of-00001", "model-12.index", "shapes_val-12.json", "best.json"):
+            assert (logdir / name).read_bytes() == (trained[0] / name).read_bytes(), name
+        rows, expected = (json.loads((folder / "stats.json").read_text()) for folder in (logdir, trained[0]))
+        assert [row["global_step"] for row in rows] == [row["global_step"] for row in expected]
+        assert {key: value for key, value in rows[-1].items() if "mAP" in key} == {
+            key: value for key, value in expected[-1].items() if "mAP" in key
+        }
+        assert len(list(logdir.glob("log.log*"))) == 4  # every start has its own
 
 
 @pytest.mark.slow
