@@ -267,7 +267,7 @@ class Guard(Callback):
         seen = run_values.results
         self._codes = seen["codes"]
         if (self._codes == DIVERGED).any():
-            raise Diverged(self._divergence(seen))
+            self._end(Diverged(self._divergence(seen)))
 
     def _trigger_step(self):
         self._watchdog.finished_step(self.global_step)
@@ -275,9 +275,9 @@ class Guard(Callback):
         self._stop_for(self._watchdog.signal if self._ranks.size == 1 else int(self._codes.max()))
 
     def check(self):
-        """Between the images of an evaluation: end the run if a signal has come."""
+        """Between the batches of an evaluation, on all ranks together: end the run if a signal has come."""
         self._watchdog.moved("evaluating")
-        self._stop_for(self._watchdog.signal)
+        self._stop_for(max(self._ranks.gather(self._watchdog.signal)))
 
     def _stop_for(self, number):
         if not number:
@@ -285,8 +285,14 @@ class Guard(Callback):
         self._watchdog.moved("saving the last checkpoint")
         is_saved = self._saver.save() if self.trainer.is_chief else True
         if not all(self._ranks.gather(is_saved)):  # no rank ends before this: the launcher would end the saving one
-            raise NotSaved(f"stopped by {signal.Signals(number).name}, but its checkpoint could not be written")
-        raise Stopped(number)
+            name = signal.Signals(number).name
+            self._end(NotSaved(f"stopped by {name}, but the checkpoint could not be written"))
+        self._end(Stopped(number))
+
+    def _end(self, error):
+        logger.error(error)
+        self._watchdog.stop(error.exit_code)
+        raise error
 
     def _divergence(self, seen):
         """The message; saves the batch."""

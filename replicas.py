@@ -57,6 +57,16 @@ class RankTrainer(HorovodTrainer):
         self._check = GradientCheck(_reduction_error(projections, reduced), [v.op.name for _, v in grads])
         return reduced
 
+    def initialize(self, session_creator, session_init):
+        """As tensorpack's, which asks TensorFlow for functions that it no longer has."""
+        self._num_global_variables = len(tfv1.global_variables())
+        self._broadcast_op = self.hvd.broadcast_global_variables(0)
+        options = session_creator.config
+        options.gpu_options.visible_device_list = str(self.hvd.local_rank())
+        options.intra_op_parallelism_threads = max(1, options.intra_op_parallelism_threads // self.hvd.local_size())
+        super(HorovodTrainer, self).initialize(session_creator, session_init)
+        self.sess.run(self._broadcast_op)
+
     def _setup_graph(self, input, get_cost_fn, get_opt_fn):
         callbacks = super()._setup_graph(input, get_cost_fn, get_opt_fn)
         return [*callbacks, self._check, _EqualRanks(self._ranks)]

@@ -168,8 +168,7 @@ def train(run):
     saver, guard = make_guards(run, schedule, model=model, stream=stream, batches=batches)
     tfv1.set_random_seed(config.TRAIN.SEED)
     session_creator = NewSessionCreator()
-    session_creator.config = rcnn.session_config()  # given to the constructor it would be warned about
-    session_creator.config.device_count["CPU"] = towers  # SyncBN's sums want one for each
+    session_creator.config = rcnn.session_config(towers=towers)  # given to the constructor it would be warned about
     try:
         launch_train_with_config(
             TrainConfig(
@@ -316,6 +315,7 @@ def make_callbacks(run, schedule, guard, saver, *, steps_done):
             run.val_sets,
             period_epochs=config.TRAIN.EVAL_PERIOD,
             output_dir=run.logdir,
+            ranks=run.ranks,
             before_batch=guard.check,
             offer=saver.offer,
         ),

@@ -35,6 +35,7 @@ class Watchdog:
 
     def __init__(self, name="train.py"):
         self.signal = 0  # the first signal that arrived after `start`, or 0
+        self._exit_code = None  # once it is known how the run ends
         self._name = name
         self._is_running = False
         self._moved, self._doing = time.monotonic(), "starting"
@@ -67,9 +68,13 @@ class Watchdog:
         self._steps.append(time.monotonic() - self._moved)
         self.moved(f"in step {step + 1}")
 
-    def stop(self):
-        """The training is over: standing still is allowed again, and a signal ends the process."""
+    def stop(self, exit_code=None):
+        """The training is over: standing still is allowed again, and a signal ends the process.
+
+        With the exit code that is given: the launcher of several ranks sends signals as soon as the first has ended.
+        """
         self._is_running = False
+        self._exit_code = exit_code if self._exit_code is None else self._exit_code
 
     def patience(self):
         """Seconds without a sign of life that are allowed."""
@@ -90,6 +95,8 @@ class Watchdog:
             self._say(f"{name}: finishing the step, then saving; a second signal ends it at once")
             self.signal = number
             return
+        if self._exit_code is not None:
+            os._exit(self._exit_code)
         self._exit(128 + number, f"{name}: ended at once" + (", without saving" if self._is_running else ""))
 
     def _on_stall(self):

@@ -484,9 +484,14 @@ def _prefixed(prefix, scalars):
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def session_config():
+def session_config(*, towers=1):
     """How sessions run the graph: on all cores of the process (not on one), with GPU memory as it is needed."""
-    options = tfv1.ConfigProto(allow_soft_placement=True, intra_op_parallelism_threads=len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    options = tfv1.ConfigProto(allow_soft_placement=True, intra_op_parallelism_threads=cores)
+    if towers > 1:
+        options.device_count["CPU"] = towers  # SyncBN's sums want one for each
+        # Each tower puts a batch into its staging area and takes one out, and both may block a thread.
+        options.inter_op_parallelism_threads = max(cores, 2 * towers + 2)
     options.gpu_options.allow_growth = True
     # No use to us, and its cost estimate of CropAndResize prints pages of warnings.
     options.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT

@@ -46,10 +46,16 @@ SETTINGS = [
 ]
 
 
-def run(program, *arguments, timeout=300, fault="", one_core=False):
-    """Run a program; `fault`: see faulty_train.py. On one core TensorFlow computes the same bits every time."""
+def run(program, *arguments, timeout=300, fault="", fault_rank=0, one_core=False, num_ranks=1):
+    """Run a program, also as several ranks; `fault`: see faulty_train.py.
+
+    On one core TensorFlow computes the same bits every time.
+    """
     command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    environment = {**os.environ, "FAULT": fault}
+    if num_ranks > 1:
+        pytest.importorskip("horovod", reason="Horovod is not installed: make horovod")
+        command = [Path(sys.executable).with_name("horovodrun"), "-np", str(num_ranks), *command]
+    environment = {**os.environ, "FAULT": fault, "FAULT_RANK": str(fault_rank)}
     pin = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if one_core else None
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, preexec_fn=pin)
 
@@ -167,6 +173,38 @@ class TestTraining:
             key: value for key, value in expected[-1].items() if "mAP" in key
         }
         assert len(list(logdir.glob("log.log*"))) == 4  # every start has its own
+
+
+# The same two images in every step, as one batch, as two towers or as two ranks: only the order of sums differs.
+WEIGHT_TOLERANCE, MOMENTUM_TOLERANCE = 1e-5, 1e-4
+
+
+@pytest.mark.slow
+class TestSeveralDevices:
+    @pytest.mark.parametrize("settings", [{"TRAIN.NUM_GPUS": 2}, {"TRAINER": "horovod"}])
+    def test_two_with_one_image_each_train_as_one_with_two(self, trained, basedir, tmp_path, settings):
+        settings = [*SETTINGS, *(f"{key}={value}" for key, value in settings.items()), "TRAIN.BATCH_SIZE_PER_GPU=1"]
+        arguments = ["--logdir", tmp_path, "--config", *settings, f"DATA.BASEDIR={basedir}"]
+        result = run("train.py", *arguments, num_ranks=2 if "TRAINER=horovod" in settings else 1)
+        assert result.returncode == 0, result.stderr
+        assert "The reduced gradients equal the mean of the replicas' gradients." in result.stdout
+        assert "Do not know how to sync variable" not in result.stdout
+        found, expected = (read_checkpoint(folder / "model-12") for folder in (tmp_path, trained[0]))
+        for name in expected.keys() - {"accumulated_steps"}:  # a counter, of which each tower has its own
+            tolerance = MOMENTUM_TOLERANCE if name.endswith("/Momentum") else WEIGHT_TOLERANCE
+            np.testing.assert_allclose(found[name], expected[name], atol=tolerance, err_msg=name)
+        # every image was evaluated, by whichever rank, and the file has their order
+        results, by_one = (json.loads((folder / "shapes_val-12.json").read_text()) for folder in (tmp_path, trained[0]))
+        assert [result["image_id"] for result in results] == [result["image_id"] for result in by_one]
+        np.testing.assert_allclose([x["score"] for x in results], [x["score"] for x in by_one], atol=1e-3)
+
+
+def read_checkpoint(path):
+    """All variables: name -> array."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(path))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 @pytest.mark.slow

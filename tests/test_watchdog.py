@@ -89,6 +89,12 @@ def test_after_training_standing_still_is_allowed():
     assert finish(process)[0] == 0
 
 
+def test_once_it_is_known_how_a_run_ends_a_signal_does_not_change_it():
+    process = start(f"dog.start(timeout=60); dog.stop(3); dog.stop(); print('ready', flush=True); {BUSY}")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process) == (3, "")
+
+
 def test_slow_steps_get_more_patience():
     script = PROGRAM + "\n".join(
         [
