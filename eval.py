@@ -28,7 +28,7 @@ import checkpoint
 import data
 import metrics
 from checkpoint import unused_path
-from config import config
+from config import UserError, config
 from metrics import EvaluationError, NonFiniteError
 from modeling import rcnn
 from ranks import Ranks
