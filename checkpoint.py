@@ -4,8 +4,12 @@ A checkpoint is a `.npz` of the tensorpack model zoo or a TensorFlow checkpoint.
 nothing is unpickled. `resolve` needs no TensorFlow, so that a wrong path is answered at once.
 """
 
+import itertools
+import json
 import logging
+import os
 import re
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,11 +20,15 @@ import numpy as np
 from config import UserError
 
 logger = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"  # the configuration, beside the checkpoints of a run
 NEWEST = "checkpoint"  # TensorFlow's text file that names the newest checkpoint of a directory
 BACKBONE = re.compile(r"^(conv0|group\d+/block\d+)/")
 CLASSIFIER = re.compile(r"^linear/")  # of a backbone trained on ImageNet
 DEPENDS_ON_CLASSES = re.compile(r"^((fastrcnn|cascade_rcnn_stage\d)(/outputs)?/(class|box)|maskrcnn/conv)/[Wb]$")
+BEST_FILE = "best.json"  # which checkpoint of a run has the best metric, and its value
+SCRATCH = ".saving"  # directory beside the checkpoints in which the next one is written
+MAX_TO_KEEP = 3  # newest checkpoints, beside the best: if one is damaged, the one before it serves
 MODEL_VARIABLE = re.compile(r"/(W|b|gamma|beta|mean/EMA|variance/EMA)$")
 
 
@@ -94,6 +102,11 @@ def _what_is_beside(directory):
     return "found there: " + (", ".join(found[:8]) if found else "no .npz and no TensorFlow checkpoint")
 
 
+def has_checkpoint(directory):
+    """Whether a run's directory holds a complete checkpoint."""
+    return bool(_complete_in(Path(directory)))
+
+
 def find_config(path):
     """The configuration written beside the checkpoint of `resolve`, or None."""
     candidate = Path(path).parent / CONFIG_FILE
@@ -136,13 +149,12 @@ def _read_npz(path):
         return {name.removesuffix(":0"): archive[name] for name in archive.files}
 
 
-def _read_tensorflow(path):
+def _read_tensorflow(path, names=MODEL_VARIABLE):
     import tensorflow as tf  # not at the top: `resolve` has to answer without it
 
     try:
         reader = tf.train.load_checkpoint(str(path))
-        names = [name for name in reader.get_variable_to_shape_map() if MODEL_VARIABLE.search(name)]
-        return {name: reader.get_tensor(name) for name in names}
+        return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map() if names.search(name)}
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # the reader's own errors have no common base
         raise OSError(str(error)) from error
 
@@ -244,9 +256,9 @@ def model_variables():
 
 def assign(session, values):
     """Give variables their values (variable -> array) in one run: with one each, preparing the runs takes a minute."""
-    setters = [variable.initializer for variable in values]
-    fed = {setter.inputs[1]: value.astype(np.float32) for setter, value in zip(setters, values.values())}
-    session.run(setters, fed)
+    inputs = {variable: variable.initializer.inputs[1] for variable in values}
+    fed = {inputs[variable]: value.astype(inputs[variable].dtype.as_numpy_dtype) for variable, value in values.items()}
+    session.run([variable.initializer for variable in values], fed)
 
 
 def load(path, session, *, check):
@@ -262,5 +274,128 @@ def load(path, session, *, check):
     values = read(path)
     matched = match(values, shapes)
     check(path, matched)
+    broken = [name for name in matched.loaded if not np.isfinite(values[name]).all()]
+    if broken:
+        raise CheckpointMismatch(f"{path} holds values that are not finite: {len(broken)} variables, first {broken[0]}")
     assign(session, {variables[name]: values[name] for name in matched.loaded})
     return matched, report(path, values, shapes, matched)
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+class Snapshot(NamedTuple):
+    """A checkpoint of a run, read whole."""
+
+    path: Path
+    step: int
+    values: dict  # name -> array, of all variables: weights, the optimizer's, counters
+    state: dict  # what `save` was given
+
+
+def newest_readable(directory):
+    """The Snapshot to resume a run from: the newest that is complete and undamaged.
+
+    Raises:
+        CheckpointMismatch: there are checkpoints, and none can be read.
+    """
+    for prefix in reversed(_complete_in(Path(directory))):
+        try:
+            state = json.loads(Path(f"{prefix}.json").read_text())
+            return Snapshot(prefix, _step(prefix), _read_tensorflow(prefix, names=re.compile("")), state)
+        except (OSError, ValueError) as error:
+            logger.warning(f"checkpoint {prefix} can't be read: {' '.join(str(error).split())[:200]}")
+    raise CheckpointMismatch(f"no checkpoint in {directory} can be read: start anew in another --logdir")
+
+
+def restore(snapshot, session):
+    """Give all variables of the default graph the values of a Snapshot; those of the one must be those of the other."""
+    import tensorflow as tf
+
+    variables = {variable.op.name: variable for variable in tf.compat.v1.global_variables()}
+    matched = match(snapshot.values, {name: variable.shape.as_list() for name, variable in variables.items()})
+    wrong = matched.mismatched + matched.absent + matched.unused
+    if wrong:
+        raise CheckpointMismatch(
+            f"{snapshot.path} is of another model or optimizer: {len(wrong)} variables don't fit, first {wrong[0]}"
+        )
+    assign(session, {variables[name]: value for name, value in snapshot.values.items()})
+
+
+def save(write, directory, step, state):
+    """Write a checkpoint `model-STEP` of a run: at every moment all of it is there under its name, or nothing.
+
+    Args:
+        write: function of a path (str) that writes a TensorFlow checkpoint under this prefix
+        state: what else is needed to go on, as JSON can hold it; goes to `model-STEP.json`
+    Returns:
+        Path, its prefix
+
+    Raises:
+        OSError, tf.errors.OpError: the disk is full, gone, read-only, ...
+    """
+    directory = Path(directory)
+    scratch, prefix = directory / SCRATCH, directory / f"model-{step}"
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left
+    scratch.mkdir()
+    try:
+        write(str(scratch / prefix.name))
+        (scratch / f"{prefix.name}.json").write_text(json.dumps(state))
+        files = sorted(scratch.iterdir(), key=lambda path: path.suffix == ".index")  # last: it makes it complete
+        for path in files:
+            _flush(path)
+        Path(f"{prefix}.index").unlink(missing_ok=True)  # of a damaged checkpoint of this step
+        for path in files:
+            os.replace(path, directory / path.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write_whole(directory / NEWEST, f'model_checkpoint_path: "{prefix.name}"\n')
+    _flush(directory)
+    return prefix
+
+
+def unused_path(path):
+    """The path, or the first of NAME-1.EXT, NAME-2.EXT, ... that does not exist."""
+    path = Path(path)
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+
+
+def write_whole(path, text):
+    """Write a file: at every moment it is the old one or the whole new one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    _flush(temporary)
+    os.replace(temporary, path)
+
+
+def _flush(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune(directory):
+    """Delete a run's checkpoints but the newest MAX_TO_KEEP and the best."""
+    best = read_best(directory)
+    for prefix in _complete_in(Path(directory))[:-MAX_TO_KEEP]:
+        is_ours = re.fullmatch(r"model-\d+", prefix.name) and Path(f"{prefix}.json").exists()
+        if is_ours and (best is None or best["checkpoint"] != prefix.name):
+            for path in [Path(f"{prefix}.index"), *_data_files(prefix), Path(f"{prefix}.json")]:
+                path.unlink(missing_ok=True)
+
+
+def read_best(directory):
+    """What BEST_FILE says: a dict of checkpoint (name), step, metric (name), value; None if there is none."""
+    try:
+        return json.loads((Path(directory) / BEST_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def mark_best(directory, *, step, metric, value):
+    """Write BEST_FILE."""
+    best = {"checkpoint": f"model-{step}", "step": step, "metric": metric, "value": value}
+    write_whole(Path(directory) / BEST_FILE, json.dumps(best) + "\n")

@@ -54,7 +54,7 @@ DEFAULTS = dict(
         WEIGHTS="",  # file of ImageNet weights to start from; empty: random ones
         RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # bottleneck blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
         WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
-        NORM="FreezeBN",  # FreezeBN (statistics of the weights file), SyncBN (of the batch; one device), GN or None
+        NORM="FreezeBN",  # FreezeBN (statistics of the weights), SyncBN (of the batches of all devices), GN or None
         FREEZE_AFFINE=False,  # FreezeBN: keep scale and shift of every norm fixed, too
         FREEZE_AT=2,  # 0 trains the whole backbone, 1 freezes the stem, 2 also the first stage, ... 5 all
         TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights that were trained so
@@ -74,6 +74,7 @@ DEFAULTS = dict(
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
         EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
+        STALL_TIMEOUT=600.0,  # seconds without a step after which a run ends; 20 median steps where that is longer
     ),
     PREPROC=dict(
         TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three and more to choose from
@@ -213,7 +214,11 @@ class Config(_Group):
             raise ConfigError(f"{path} is damaged or not a configuration: {error}") from error
         if not isinstance(tree, dict):
             raise ConfigError(f"{path} is not a configuration: expected a JSON object of keys")
-        self._set(_from_value, _flatten(tree), source=f"{path}: ")
+        self.set_tree(tree, source=f"{path}: ")
+
+    def set_tree(self, tree, source=""):
+        """Sets the keys of a tree of dicts as `to_dict` makes it; `source` begins the lines of a ConfigError."""
+        self._set(_from_value, _flatten(tree), source)
 
     def save(self, path):
         """Writes all keys as JSON. `path` is the old file or the whole new one at every moment."""

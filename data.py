@@ -123,13 +123,15 @@ def inference_geometry():
     return Geometry(config.PREPROC.TEST_SHORT_EDGE_SIZE, *network_geometry())
 
 
-def evaluation_data(records):
-    """EvaluationData with the configuration's settings."""
+def evaluation_data(records, *, shard_index=0, num_shards=1):
+    """EvaluationData with the configuration's settings; the arguments are EvaluationData's."""
     return EvaluationData(
         records,
         batch_size=config.TEST.BATCH_SIZE_PER_GPU,
         **inference_geometry()._asdict(),
         num_threads=min(config.DATA.NUM_WORKERS, MAX_EVALUATION_THREADS),
+        shard_index=shard_index,
+        num_shards=num_shards,
     )
 
 
@@ -466,6 +468,16 @@ class TrainingData:
         if self._examples is not None:
             self._examples.close()
 
+    def awaited(self):
+        """The image that the next batch waits for, in words; "" where none is being prepared."""
+        return self._examples.awaited() if self._examples is not None else ""
+
+    def batch_of(self, positions):
+        """The batch of these positions once more, for a look at what went wrong with it."""
+        index = dict(itertools.islice(self._order(), max(positions) + 1))
+        examples = [self._make(TrainingTask(self._records[index[position]], position)) for position in positions]
+        return collate(examples, multiple=self._multiple)
+
     def plan(self):
         """The batches without end, each a list of N (position, index of the record); looks at no file."""
         groups = {True: [], False: []}
@@ -493,25 +505,29 @@ class EvaluationData:
         image_shape  int32 [n, 2]          height, width of the part that is image
 
     Images of one batch have the same padded size, so that a result does not depend on its neighbours; the images are
-    ordered by that size. Threads decode ahead, a batch each (OpenCV lets go of the interpreter's lock).
+    ordered by that size. Of several shards each takes its share of the same batches. Threads decode ahead, a batch each
+    (OpenCV lets go of the interpreter's lock).
 
     Raises, while iterating:
         ImageError: an image is unreadable or not of the record's size.
     """
 
-    def __init__(self, records, *, batch_size, short_edge, max_size, multiple, num_threads=0):
+    def __init__(
+        self, records, *, batch_size, short_edge, max_size, multiple, num_threads=0, shard_index=0, num_shards=1
+    ):
         """Arguments as in TrainingData; `num_threads` 0 works without threads."""
         self._records = records
+        self._shard_index, self._num_shards = shard_index, num_shards
         self._batch_size, self._multiple, self._num_threads = batch_size, multiple, num_threads
         self._resize = {"short_edge": short_edge, "max_size": max_size}
 
     def __iter__(self):
         if not self._num_threads:
-            yield from map(self._make, self._batches())
+            yield from map(self._make, self._own_batches())
             return
         executor, pending = ThreadPoolExecutor(self._num_threads), deque()
         try:
-            for records in self._batches():
+            for records in self._own_batches():
                 pending.append(executor.submit(self._make, records))
                 if len(pending) > self._num_threads:
                     yield pending.popleft().result()
@@ -519,6 +535,17 @@ class EvaluationData:
                 yield pending.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)
+
+    def num_rounds(self):
+        """The number of batches of the shard that has most."""
+        return -(-sum(1 for _ in self._batches()) // self._num_shards)
+
+    def image_ids(self):
+        """The images of all shards in the order of their batches."""
+        return [record.image_id for records in self._batches() for record in records]
+
+    def _own_batches(self):
+        return itertools.islice(self._batches(), self._shard_index, None, self._num_shards)
 
     def _batches(self):
         for _, group in itertools.groupby(sorted(self._records, key=self._padded_shape), self._padded_shape):
@@ -577,6 +604,13 @@ class OrderedMap:
         """End the iteration and the workers, whatever they are doing; from any thread."""
         atexit.unregister(self._stop)
         self._stop()
+
+    def awaited(self):
+        """The task that the next result waits for, in words, with its worker; "" where there is none."""
+        for worker, number, task in list(self._busy.values()):
+            if number == self._num_given:
+                return f"{task}, in worker {worker.process.pid}"
+        return ""
 
     def _receive_next(self):
         self._exchange(timeout=0)

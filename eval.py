@@ -27,13 +27,16 @@ import boxes
 import checkpoint
 import data
 import metrics
-from config import config
+from checkpoint import unused_path
+from config import UserError, config
 from metrics import EvaluationError, NonFiniteError
 from modeling import rcnn
+from ranks import Ranks
 
 POST_THREADS = 4
 # Finished batches may wait for their post-processing, but not so many that they fill the memory.
 MAX_WAITING_IMAGES = 32
+ONE_PROCESS = Ranks()
 # Results keep a thousandth of a pixel; a coarser score would make ties that the network did not make.
 BOX_DECIMALS, SCORE_DECIMALS = 3, 6
 
@@ -216,13 +219,6 @@ def coco_results(image_id, detections, category_ids, *, rles=None):
     return results
 
 
-def unused_path(path):
-    """Returns the path, or the first of NAME-1.EXT, NAME-2.EXT, ... that does not exist."""
-    path = Path(path)
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
-
-
 class ResultsFile:
     """Writes a COCO results json as the results come; the file has its name only when it is complete.
 
@@ -283,10 +279,12 @@ class ResultsFile:
 # ---------------------------------------------------------------- data sets
 
 
-def evaluate_dataset(predict, dataset, *, output=None, overwrite=False):
+def evaluate_dataset(predict, dataset, *, output=None, overwrite=False, ranks=ONE_PROCESS, before_batch=None):
     """Runs the network over a data set and returns its metrics, {name: value}, which also go to the log as tables.
 
     Boxes are evaluated, and masks if the model has them (MODE_MASK). `output` is the path of the results json, or None.
+    Of several `ranks` each predicts its share of the batches; rank 0 gets all results, writes the file and returns the
+    metrics, the others return None. `before_batch` is called before each batch, equally often on all ranks.
 
     Raises:
         EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
@@ -294,30 +292,49 @@ def evaluate_dataset(predict, dataset, *, output=None, overwrite=False):
         ImageError: an image cannot be used.
     """
     records = dataset.records(training=False)
+    batches = data.evaluation_data(records, shard_index=ranks.rank, num_shards=ranks.size)
     results = []
-    with ResultsFile(output, overwrite=overwrite) as file, get_tqdm(total=len(records), unit="image") as progress:
-        for image_results in results_of(predict, records, dataset.category_ids):
-            file.write(image_results)
+    with (
+        ResultsFile(output if ranks.rank == 0 else None, overwrite=overwrite) as file,
+        get_tqdm(total=len(records), unit="image", disable=ranks.rank > 0) as progress,
+    ):
+        for image_results in _results_by_image(predict, _in_step(batches, before_batch), dataset.category_ids):
+            if ranks.size == 1:
+                file.write(image_results)
             results.extend(image_results)
-            progress.update()
+            progress.update(ranks.size)
+        if ranks.size > 1:
+            results = _in_order(ranks.gather(results), batches.image_ids())
+            file.write(results)
+    if ranks.rank > 0:
+        return None
     return evaluate_results(results, dataset)
 
 
 def evaluate_results(results, dataset):
-    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log.
-
-    Where several processes share a data set, each computes the results of its records by `results_of`; one of them
-    joins the lists, in any order, and calls this.
-    """
+    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log."""
     kinds = tuple(metrics.KINDS) if config.MODE_MASK else ("bbox",)
     evaluations = metrics.evaluate(dataset.annotation_file, results, image_ids=dataset.image_ids, kinds=kinds)
     metrics.log_evaluations(evaluations, f"{dataset.name} ({len(dataset.image_ids)} images)")
     return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
-def results_of(predict, records, category_ids):
-    """Runs the network over records, a whole data set or a part of it; yields each image's list of results."""
-    return _results_by_image(predict, data.evaluation_data(records), category_ids)
+def _in_step(batches, before_batch):
+    """Yields the batches, and calls a function before each; for a shard that has one less than others once more."""
+    rounds = batches.num_rounds() if before_batch else 0
+    for batch in batches:
+        if before_batch:
+            before_batch()
+            rounds -= 1
+        yield batch
+    for _ in range(rounds):
+        before_batch()
+
+
+def _in_order(parts, image_ids):
+    """Joins lists of results, of images that are in one list each, in the order of the images."""
+    place = {image_id: number for number, image_id in enumerate(image_ids)}
+    return sorted(itertools.chain.from_iterable(parts), key=lambda result: place[result["image_id"]])
 
 
 def _results_by_image(predict, batches, category_ids):
@@ -348,12 +365,14 @@ def _record_results(found, index, input_shape, record, category_ids):
 
 
 class EvalCallback(Callback):
-    """Evaluates every `period_epochs` epochs and after the last one.
+    """Evaluates every `period_epochs` epochs and after the last one, on all ranks together.
 
     Metrics go to the trainer's monitors as NAME-METRIC (NAME: the data set), results to OUTPUT_DIR/NAME-STEP.json.
     """
 
-    def __init__(self, build_inference, datasets, *, period_epochs, output_dir):
+    _chief_only = False
+
+    def __init__(self, build_inference, datasets, *, period_epochs, output_dir, ranks, before_batch, offer):
         """
         Args:
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `predict`
@@ -361,11 +380,15 @@ class EvalCallback(Callback):
             datasets: list of Datasets.
             period_epochs: 0 means only after the last epoch.
             output_dir: folder for the results.
+            ranks: Ranks, which share the work.
+            before_batch: called before each batch; may raise, to end the training.
+            offer: called with the name and the value of the first data set's AP, of masks if the model has them.
         """
         self._build_inference = build_inference
         self._datasets = datasets
         self._period = period_epochs
         self._output_dir = Path(output_dir)
+        self._ranks, self._before_batch, self._offer = ranks, before_batch, offer
 
     def _setup_graph(self):
         self._inference = self._build_inference()
@@ -376,12 +399,17 @@ class EvalCallback(Callback):
     def _trigger_epoch(self):
         is_last = self.epoch_num == self.trainer.max_epoch
         if is_last or (self._period > 0 and self.epoch_num % self._period == 0):
-            for dataset in self._datasets:
-                self._evaluate(dataset)
+            values = [self._evaluate(dataset) for dataset in self._datasets]
+            if values and self._ranks.rank == 0:
+                name = f"mAP({'segm' if config.MODE_MASK else 'bbox'})/IoU=0.5:0.95"
+                self._offer(f"{self._datasets[0].name}-{name}", values[0][name])
 
     def _evaluate(self, dataset):
         # A run that was resumed from before this step has been here already: its results stay.
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
-        for name, value in evaluate_dataset(self._predict, dataset, output=output).items():
+        options = {"ranks": self._ranks, "before_batch": self._before_batch}
+        values = evaluate_dataset(self._predict, dataset, output=output, **options)
+        for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)
+        return values

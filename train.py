@@ -10,13 +10,32 @@ config.py explains every setting. The run's logs, checkpoints and configuration 
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import checkpoint
 from config import ConfigError, UserError, config, lr_schedule_steps
 from dataset import get_dataset
+from ranks import HorovodRanks, Ranks
+from watchdog import Watchdog
+
+LEFT_BY_FAILED_STARTS = ("log.log", "events.out.tfevents.")
+
+
+class Run(NamedTuple):
+    """What is known before TensorFlow is started."""
+
+    records: list  # of all training sets
+    val_sets: list
+    weights: tuple | None  # see find_weights
+    logdir: Path
+    is_resumed: bool
+    ranks: Ranks
+    watchdog: Watchdog
 
 
 def parse_arguments(arguments=None):
@@ -26,16 +45,21 @@ def parse_arguments(arguments=None):
         "--logdir", default="train_log/rcnn", help="new directory for logs and checkpoints (%(default)s)"
     )
     parser.add_argument("--load", metavar="CHECKPOINT", help="detector to fine-tune: .npz, TensorFlow checkpoint, run")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --logdir; without one, begin there"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments):
-    # ------------------------------------------------------------------------------------------- refuse early
-    config.update(arguments.config)
-    config.check()
-    logdir = new_directory(arguments.logdir)
+    watchdog = Watchdog()
+    ranks = join_ranks()
+    logdir = Path(arguments.logdir)
+    # Rank 0 decides, since the others may not see its files.
+    settings, is_resumed = ranks.of_chief(prepare(arguments, logdir) if ranks.rank == 0 else None)
+    config.set_tree(settings)
     train_sets, val_sets = load_datasets()
-    weights = find_weights(arguments.load)
+    weights = None if is_resumed or ranks.rank else find_weights(arguments.load)
     config.DATA.CLASS_NAMES = ["BG", *train_sets[0].class_names]
     config.DATA.NUM_CATEGORY = len(train_sets[0].class_names)
     records = [
@@ -48,18 +72,48 @@ def main(arguments):
     if not records:
         raise ConfigError(f"DATA.TRAIN={config.DATA.TRAIN} holds no image to train on")
     config.freeze()
-    train(records, val_sets, weights, logdir)
+    train(Run(records, val_sets, weights, logdir, is_resumed, ranks, watchdog))
 
 
-def new_directory(logdir):
-    """A run never touches what another run has written."""
-    logdir = Path(logdir)
+def join_ranks():
+    """The processes that train together: those of `horovodrun`, or this one alone."""
+    return HorovodRanks() if "HOROVOD_SIZE" in os.environ else Ranks()
+
+
+def prepare(arguments, logdir):
+    """The settings as a tree, and whether there is a checkpoint to resume from; refuses what makes no sense."""
+    resume = arguments.resume and checkpoint.has_checkpoint(logdir)
+    if resume:
+        config.load(logdir / checkpoint.CONFIG_FILE)
+    config.update(arguments.config)
+    config.check()
+    if "HOROVOD_SIZE" in os.environ and config.TRAINER != "horovod":
+        raise ConfigError("horovodrun needs TRAINER=horovod: without it, every process would train for itself")
+    if config.TRAINER == "horovod" and importlib.util.find_spec("horovod") is None:
+        raise ConfigError("TRAINER=horovod needs Horovod: run `make horovod` first")
+    if not arguments.resume:
+        check_unused(logdir)
+    check_writable(logdir)
+    return config.to_dict(), resume
+
+
+def check_unused(logdir):
+    """A run never touches what another run has written. What a run leaves that failed before its first step is free."""
     try:
-        if logdir.exists() and (not logdir.is_dir() or any(logdir.iterdir())):
-            raise ConfigError(f"{logdir} exists already: choose another --logdir")
+        names = [path.name for path in logdir.iterdir()] if logdir.exists() else []
     except OSError as error:
         raise ConfigError(f"{logdir} can't be the --logdir: {error.strerror}") from error
-    return logdir
+    if not all(name.startswith(LEFT_BY_FAILED_STARTS) for name in names):
+        raise ConfigError(f"{logdir} exists already: choose another --logdir, or go on with that run by --resume")
+
+
+def check_writable(logdir):
+    """Try to write where the directory is, or will be made."""
+    try:
+        with tempfile.TemporaryFile(dir=next(path for path in (logdir, *logdir.absolute().parents) if path.exists())):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{logdir} can't be the --logdir: {error.strerror}") from error
 
 
 def load_datasets():
@@ -85,7 +139,7 @@ def find_weights(load):
     return None
 
 
-def train(records, val_sets, weights, logdir):
+def train(run):
     """Build the graph and run the schedule."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tensorpack import TrainConfig, launch_train_with_config
@@ -98,13 +152,53 @@ def train(records, val_sets, weights, logdir):
     from modeling import rcnn
 
     tfv1.disable_eager_execution()
-    trainer, devices, rank = make_trainer()
-    if devices > 1 and config.BACKBONE.NORM == "SyncBN":
-        raise ConfigError("BACKBONE.NORM=SyncBN works on one device only so far: use GN or FreezeBN on several")
+    logger.addFilter(callbacks.is_worth_logging)
+    trainer, towers = make_trainer(run.ranks)
     if trainer.is_chief:
-        logger.set_logger_dir(str(logdir), "k")
-        config.save(logdir / checkpoint.CONFIG_FILE)
-    schedule = callbacks.derive_schedule(
+        logger.set_logger_dir(str(run.logdir), "k")
+    schedule = make_schedule(towers * run.ranks.size, len(run.records))
+    logger.info(f"Settings other than the defaults: {config.changes()}")
+    logger.info(f"Schedule: {schedule}")
+    snapshot = find_snapshot(run, schedule) if run.is_resumed and trainer.is_chief else None
+    step, epoch, steps_done = run.ranks.of_chief(find_position(run, schedule, snapshot) if trainer.is_chief else None)
+    signature = rcnn.input_signature(training=True)
+    stream = data.training_data(run.records, start=step * towers, shard_index=run.ranks.rank, num_shards=run.ranks.size)
+    batches = callbacks.Batches(stream, [spec.name for spec in signature])
+    model = rcnn.RCNN(learning_rate=schedule.learning_rate, accumulate=schedule.accumulate)
+    saver, guard = make_guards(run, schedule, model=model, stream=stream, batches=batches)
+    tfv1.set_random_seed(config.TRAIN.SEED)
+    session_creator = NewSessionCreator()
+    session_creator.config = rcnn.session_config(towers=towers)  # given to the constructor it would be warned about
+    try:
+        launch_train_with_config(
+            TrainConfig(
+                model=model,
+                data=callbacks.TimedQueueInput(batches, signature),
+                callbacks=make_callbacks(run, schedule, guard, saver, steps_done=steps_done),
+                extra_callbacks=callbacks.default_callbacks(),
+                session_creator=session_creator,
+                session_init=callbacks.Resumed(snapshot) if snapshot else callbacks.InitialWeights.of(run.weights),
+                steps_per_epoch=schedule.steps_per_epoch,
+                starting_epoch=epoch,
+                max_epoch=schedule.epochs,
+            ),
+            trainer,
+        )
+    finally:
+        batches.close()
+        run.watchdog.stop()
+    batches.raise_error()
+    saver.raise_failure()
+    last_step = step + (schedule.epochs + 1 - epoch) * schedule.steps_per_epoch - steps_done
+    if trainer.global_step < last_step:
+        raise data.DataError(f"the data ended at step {trainer.global_step} of {last_step}")
+
+
+def make_schedule(devices, num_images):
+    """callbacks.Schedule of the configured recipe."""
+    import callbacks
+
+    return callbacks.derive_schedule(
         devices=devices,
         batch_per_device=config.TRAIN.BATCH_SIZE_PER_GPU,
         base_lr=config.TRAIN.BASE_LR,
@@ -112,60 +206,97 @@ def train(records, val_sets, weights, logdir):
         warmup_steps=config.TRAIN.WARMUP,
         warmup_from=config.TRAIN.WARMUP_INIT_LR,
         steps_per_epoch=config.TRAIN.STEPS_PER_EPOCH,
-        num_images=len(records),
+        num_images=num_images,
     )
-    logger.info(f"Settings other than the defaults: {config.changes()}")
-    logger.info(f"Schedule: {schedule}")
-    signature = rcnn.input_signature(training=True)
-    shards = devices if config.TRAINER == "horovod" else 1
-    stream = data.training_data(records, shard_index=rank, num_shards=shards)
-    batches = callbacks.Batches(stream, [spec.name for spec in signature])
-    tfv1.set_random_seed(config.TRAIN.SEED)
-    session_creator = NewSessionCreator()
-    session_creator.config = rcnn.session_config()  # given to the constructor it would be warned about
-    launch_train_with_config(
-        TrainConfig(
-            model=rcnn.RCNN(learning_rate=schedule.learning_rate, accumulate=schedule.accumulate),
-            data=callbacks.TimedQueueInput(batches, signature),
-            callbacks=make_callbacks(schedule, val_sets, logdir),
-            extra_callbacks=callbacks.default_callbacks(),
-            session_creator=session_creator,
-            session_init=callbacks.InitialWeights(*weights) if weights else None,
-            steps_per_epoch=schedule.steps_per_epoch,
-            starting_epoch=config.TRAIN.STARTING_EPOCH,
-            max_epoch=schedule.epochs,
-        ),
-        trainer,
-    )
-    batches.close()
-    batches.raise_error()
 
 
-def make_trainer():
-    """The tensorpack trainer for the devices at hand, their number, and the rank of this process."""
+def make_trainer(ranks):
+    """The tensorpack trainer for the devices at hand, and the number of towers in this process."""
     import tensorflow as tf
-    from tensorpack.train import HorovodTrainer, SimpleTrainer, SyncMultiGPUTrainerReplicated
+    from tensorpack.train import SimpleTrainer
     from tensorpack.utils import logger
 
+    import replicas
+
     if config.TRAINER == "horovod":
-        if importlib.util.find_spec("horovod") is None:
-            raise ConfigError("TRAINER=horovod needs Horovod: run `make horovod` first")
-        trainer = HorovodTrainer(average=True)
-        logger.info(f"Training with Horovod: rank {trainer.hvd.rank()} of {trainer.hvd.size()}.")
-        return trainer, trainer.hvd.size(), trainer.hvd.rank()
+        logger.info(f"Training with Horovod: rank {ranks.rank} of {ranks.size}.")
+        return replicas.RankTrainer(ranks), 1
     gpus = len(tf.config.list_physical_devices("GPU"))
     towers = config.TRAIN.NUM_GPUS or max(gpus, 1)
-    if towers > max(gpus, 1):
+    if gpus and towers > gpus:
         raise ConfigError(f"TRAIN.NUM_GPUS={towers}, but this machine has {gpus} GPUs that TensorFlow can use")
-    logger.info(
-        f"Training on {towers} GPUs." if gpus else f"Training on the CPU, {os.cpu_count()} cores: no GPU found."
+    cores = len(os.sched_getaffinity(0))
+    logger.info(f"Training on {towers} GPUs." if gpus else f"Training on the CPU, {cores} cores: no GPU found.")
+    return (SimpleTrainer() if towers == 1 else replicas.TowerTrainer(towers, average=True)), towers
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+
+def run_state(run, schedule):
+    """What the order of the data and the meaning of a step depend on: the same before and after a resume."""
+    return {
+        "images per step": schedule.images_per_step,
+        "TRAIN.BATCH_SIZE_PER_GPU": config.TRAIN.BATCH_SIZE_PER_GPU,
+        "ranks": run.ranks.size,
+        "images of DATA.TRAIN": len(run.records),
+        "TRAIN.SEED": config.TRAIN.SEED,
+    }
+
+
+def find_snapshot(run, schedule):
+    """The checkpoint to go on from; refuses one of other data or devices."""
+    snapshot = checkpoint.newest_readable(run.logdir)
+    state = run_state(run, schedule)
+    old = snapshot.state
+    differs = [f"{key} ({old.get(key)}, now {value})" for key, value in state.items() if old.get(key) != value]
+    if differs:
+        raise ConfigError(
+            f"can't go on with {run.logdir} with other {', '.join(differs)}: "
+            f"begin another run from its weights by --load {run.logdir}"
+        )
+    return snapshot
+
+
+def find_position(run, schedule, snapshot):
+    """(step, epoch to begin with, steps of it that are done) of the schedule."""
+    import callbacks
+
+    step = snapshot.step if snapshot else 0
+    finished_steps = callbacks.rewind_statistics(run.logdir, step)
+    if not step:
+        return 0, config.TRAIN.STARTING_EPOCH, 0
+    epoch, steps_done = divmod(step, schedule.steps_per_epoch)
+    if not steps_done and step not in finished_steps:  # it was interrupted between the epoch's last step and its end
+        return step, epoch, schedule.steps_per_epoch
+    return step, epoch + 1, steps_done
+
+
+def make_guards(run, schedule, *, model, stream, batches):
+    """What saves the run, and what watches over it."""
+    import callbacks
+
+    saver = callbacks.CheckpointSaver(
+        period=config.TRAIN.CHECKPOINT_PERIOD,
+        directory=run.logdir,
+        state=run_state(run, schedule),
+        has_data_failed=batches.has_failed,
     )
-    if towers == 1:
-        return SimpleTrainer(), 1, 0
-    return SyncMultiGPUTrainerReplicated(towers, average=True), towers, 0
+    guard = callbacks.Guard(
+        model=model,
+        schedule=schedule,
+        watchdog=run.watchdog,
+        ranks=run.ranks,
+        saver=saver,
+        make_batch=stream.batch_of,
+        directory=run.logdir,
+        stall_timeout=config.TRAIN.STALL_TIMEOUT,
+        explain_stall=batches.explain_stall,
+    )
+    return saver, guard
 
 
-def make_callbacks(schedule, val_sets, logdir):
+def make_callbacks(run, schedule, guard, saver, *, steps_done):
     """What happens beside the steps."""
     from tensorpack.callbacks import EstimatedTimeLeft
 
@@ -175,17 +306,40 @@ def make_callbacks(schedule, val_sets, logdir):
 
     return [
         callbacks.LearningRateSetter(schedule),
-        callbacks.CheckpointSaver(period=config.TRAIN.CHECKPOINT_PERIOD, directory=logdir),
-        EvalCallback(Inference, val_sets, period_epochs=config.TRAIN.EVAL_PERIOD, output_dir=logdir),
+        callbacks.FirstEpochFrom(steps_done),
+        callbacks.AfterFirstStep(lambda: save_config(run.logdir)),
+        guard,
+        saver,
+        EvalCallback(
+            Inference,
+            run.val_sets,
+            period_epochs=config.TRAIN.EVAL_PERIOD,
+            output_dir=run.logdir,
+            ranks=run.ranks,
+            before_batch=guard.check,
+            offer=saver.offer,
+        ),
         EstimatedTimeLeft(),
     ]
 
 
-if __name__ == "__main__":
+def save_config(logdir):
+    """The settings beside the checkpoints. Not before the first step: until then the directory is free."""
+    path = logdir / checkpoint.CONFIG_FILE
+    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(config.to_dict())):
+        path.rename(checkpoint.unused_path(path))  # of before a resume with other settings
+    config.save(path)
+
+
+def run_program():
+    """What the command does: returns its exit code."""
     try:
         main(parse_arguments())
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program())

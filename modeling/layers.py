@@ -7,8 +7,13 @@ dtype of its input `x`, so the precision of the network is decided where the ima
 Shapes: N images, H height, W width, C channels. Tensors are NHWC.
 """
 
+import re
+import sys
+import zlib
+
 import tensorflow as tf
 from tensorpack.models import layer_register
+from tensorpack.tfutils.tower import get_current_tower_context
 
 tfv1 = tf.compat.v1
 
@@ -138,9 +143,10 @@ def group_norm(x, *, gamma=1.0, trainable=True):
 
 @layer_register(use_scope=True)
 def batch_norm(x, *, gamma=1.0, trainable=True):
-    """Batch normalisation with the statistics of this batch (training only), which it also averages for inference.
+    """Batch normalisation with the statistics of this step (training only), which it also averages for inference.
 
-    The biased variance goes into the output and into the moving average, as in the reference.
+    The statistics are those of all replicas' batches together, whatever their sizes. The biased variance goes into the
+    output and into the moving average, as in the reference.
 
     Args:
         x: [N, H, W, C]
@@ -150,13 +156,76 @@ def batch_norm(x, *, gamma=1.0, trainable=True):
     channels = x.shape[-1]
     gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
     averages = _batch_statistics(channels)
-    moments = tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2])
+    moments = _joined_moments(*tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2]), tf.size(x) / channels, averages[0])
     for average, moment in zip(averages, moments):
         update = tfv1.assign_sub(average, (1 - EMA_DECAY) * (average - moment))
         tfv1.add_to_collection(tfv1.GraphKeys.UPDATE_OPS, update)
     mean, variance = moments
     scale = gamma * tf.math.rsqrt(variance + NORM_EPSILON)
     return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
+
+
+def _joined_moments(mean, variance, count, shift):
+    """Mean and variance of all replicas' values, from those of each: float32 [C], [C].
+
+    Args:
+        mean, variance: float32 [C], of this replica's `count` values per channel
+        shift: float32 [C], near the mean and equal on all replicas: sums of squares about it don't cancel out
+    """
+    towers, ranks = _num_towers(), _num_ranks()
+    if towers * ranks == 1:
+        return mean, variance
+    channels, count, offset = mean.shape[0], tf.cast(count, tf.float32), mean - shift
+    sums = tf.concat([count * offset, count * (variance + tf.square(offset)), [count]], axis=0)
+    sums = _sum_over_ranks(sums) if ranks > 1 else _sum_over_towers(sums, towers)
+    offset, squares = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
+    return shift + offset, tf.maximum(squares - tf.square(offset), 0.0)
+
+
+def _num_towers():
+    """Towers of this process that are trained together."""
+    context = get_current_tower_context()
+    return context.total if context is not None and context.is_training else 1
+
+
+def _num_ranks():
+    """Processes that are trained together: Horovod's, where it was started."""
+    hvd = sys.modules.get("horovod.tensorflow")
+    return hvd.size() if hvd is not None and hvd.is_initialized() else 1
+
+
+def _sum_over_ranks(x):
+    """The sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
+    return sys.modules["horovod.tensorflow"].allreduce(x, op=sys.modules["horovod.tensorflow"].Sum)
+
+
+def _sum_over_towers(x, towers):
+    """The sum of a tensor over all towers; its gradient is the sum of the towers' gradients.
+
+    Every tower must call it in name scopes that differ in the first part only, "tower0" and so on: that is how the ops
+    find each other. Without GPUs, the session needs a CPU device for each tower.
+    """
+    tower, _, scope = tfv1.get_default_graph().get_name_scope().partition("/")
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+
+    def reduce(x, name):
+        with tf.device(f"/{kind}:{re.sub('[^0-9]', '', tower)}"):
+            return tf.raw_ops.CollectiveReduce(
+                input=x,
+                group_size=towers,
+                group_key=1,
+                instance_key=zlib.crc32(name.encode()) & 0x7FFFFFFF,
+                merge_op="Add",
+                final_op="Id",
+                subdiv_offsets=[0],
+                communication_hint="ring",  # the other, NCCL, has had wrong sums: tensorflow#41539
+            )
+
+    @tf.custom_gradient
+    def summed(x):
+        return reduce(x, scope), lambda gradient: reduce(gradient, f"{scope}/gradient")
+
+    return summed(x)
 
 
 NORMS = {"GN": group_norm, "SyncBN": batch_norm}

@@ -8,6 +8,7 @@ C4 is a pyramid of one level: only where the features of RoIs come from differs.
 
 import math
 import os
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -47,8 +48,22 @@ def input_signature(*, training):
     return [tf.TensorSpec(shape, dtype, name) for name, (shape, dtype) in spec.items()]
 
 
+class Tower(NamedTuple):
+    """What a training step tells of one tower."""
+
+    cost: tf.Tensor  # float32 scalar, the sum of the losses
+    losses: dict  # name: float32 scalar
+    image_id: tf.Tensor  # int64 [N]
+    sample_key: tf.Tensor  # int32 [N, 2]
+
+
 class RCNN(ModelDesc):
-    """The training graph, as tensorpack's trainers take it."""
+    """The training graph, as tensorpack's trainers take it.
+
+    Attributes:
+        towers: a Tower for each training tower, once the graph is built.
+        gradient_norm: float32 scalar, of the mean gradient over all towers and ranks in a step.
+    """
 
     def __init__(self, *, learning_rate, accumulate=1):
         """
@@ -56,6 +71,7 @@ class RCNN(ModelDesc):
             learning_rate: for the mean gradient of a whole update. accumulate: steps of which an update is made.
         """
         self._learning_rate, self._accumulate = learning_rate, accumulate
+        self.towers, self.gradient_norm = [], None
 
     def inputs(self):
         return input_signature(training=True)
@@ -69,6 +85,7 @@ class RCNN(ModelDesc):
         for loss in losses.values():
             tfv1.add_to_collection(tfv1.GraphKeys.LOSSES, loss)
         total_cost = tf.add_n(list(losses.values()), name="total_cost")
+        self.towers.append(Tower(total_cost, losses, batch["image_id"], batch["sample_key"]))
         add_moving_summary(total_cost, *losses.values())
         add_moving_summary(*[tf.identity(metric, name) for name, metric in metrics.items()])
         return total_cost
@@ -77,7 +94,22 @@ class RCNN(ModelDesc):
         learning_rate = tfv1.get_variable("learning_rate", initializer=self._learning_rate, trainable=False)
         tfv1.summary.scalar("learning_rate-summary", learning_rate)
         optimizer = tfv1.train.MomentumOptimizer(learning_rate, 0.9)
-        return optimizer if self._accumulate == 1 else AccumulatedOptimizer(optimizer, self._accumulate)
+        if self._accumulate > 1:
+            optimizer = AccumulatedOptimizer(optimizer, self._accumulate)
+        return MeasuredOptimizer(optimizer, self)
+
+
+class MeasuredOptimizer(ProxyOptimizer):
+    """Gives a model its `gradient_norm`, and updates with another optimizer."""
+
+    def __init__(self, optimizer, model):
+        super().__init__(optimizer, "Measured")
+        self._model = model
+
+    def apply_gradients(self, grads_and_vars, *args, **kwargs):
+        if self._model.gradient_norm is None:  # of several towers, which all get the same gradient, the first
+            self._model.gradient_norm = tf.linalg.global_norm([gradient for gradient, _ in grads_and_vars])
+        return self._opt.apply_gradients(grads_and_vars, *args, **kwargs)
 
 
 class AccumulatedOptimizer(ProxyOptimizer):
@@ -452,9 +484,14 @@ def _prefixed(prefix, scalars):
 # ---------------------------------------------------------------------------------------------------- running
 
 
-def session_config():
-    """How sessions run the graph: on all cores (tensorpack's default is one), with GPU memory as it is needed."""
-    options = tfv1.ConfigProto(allow_soft_placement=True, intra_op_parallelism_threads=os.cpu_count())
+def session_config(*, towers=1):
+    """How sessions run the graph: on all cores of the process (not on one), with GPU memory as it is needed."""
+    cores = len(os.sched_getaffinity(0))
+    options = tfv1.ConfigProto(allow_soft_placement=True, intra_op_parallelism_threads=cores)
+    if towers > 1:
+        options.device_count["CPU"] = towers  # SyncBN's sums want one for each
+        # Each tower puts a batch into its staging area and takes one out, and both may block a thread.
+        options.inter_op_parallelism_threads = max(cores, 2 * towers + 2)
     options.gpu_options.allow_growth = True
     # No use to us, and its cost estimate of CropAndResize prints pages of warnings.
     options.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT

@@ -1,6 +1,8 @@
 """The schedule, and how data reaches the trainer."""
 
 import contextlib
+import json
+import shutil
 import threading
 
 import numpy as np
@@ -10,6 +12,8 @@ from tensorpack.compat import tfv1
 from tensorpack.dataflow import DataFlowTerminated
 
 import callbacks
+import checkpoint
+from config import ConfigError
 from modeling.rcnn import AccumulatedOptimizer
 
 RECIPE = dict(
@@ -127,3 +131,84 @@ def test_accumulated_updates_are_momentum_steps_on_means():
             session.run(step, {gradient: value})
             found.append(session.run(variable))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rewinding_statistics_keeps_the_past(tmp_path):
+    rows = [{"epoch_num": epoch, "global_step": 6 * epoch, "loss": 0.5} for epoch in (1, 2, 3)]
+    (tmp_path / "stats.json").write_text(json.dumps(rows))
+    assert callbacks.rewind_statistics(tmp_path, 20) == {6, 12, 18}
+    assert callbacks.rewind_statistics(tmp_path, 12) == {6, 12}
+    assert json.loads((tmp_path / "stats.json").read_text()) == rows[:2]
+    assert json.loads((tmp_path / "stats-1.json").read_text()) == rows
+    assert callbacks.rewind_statistics(tmp_path, 0) == set()
+    assert not (tmp_path / "stats.json").exists()
+    assert callbacks.rewind_statistics(tmp_path / "nowhere", 0) == set()
+
+
+class FakeTrainer:
+    """What CheckpointSaver needs of a trainer."""
+
+    def __init__(self, session):
+        self.sess, self.global_step = session, 0
+
+
+@pytest.fixture
+def saving(tmp_path):
+    """(saver, trainer, weight, directory) in a graph of one weight."""
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        weight = tfv1.get_variable("x/W", [2], initializer=tf.zeros_initializer())
+        saver = callbacks.CheckpointSaver(period=1, directory=tmp_path, state={}, has_data_failed=lambda: False)
+        saver.trainer = FakeTrainer(session)
+        saver._setup_graph()
+        session.run(tfv1.global_variables_initializer())
+        yield saver, saver.trainer, weight, tmp_path
+
+
+def test_weights_that_are_not_finite_are_never_saved(saving):
+    saver, trainer, weight, directory = saving
+    trainer.global_step = 6
+    assert saver.save()
+    before = sorted(directory.iterdir())
+    weight.load([1, np.nan], trainer.sess)
+    trainer.global_step = 12
+    with pytest.raises(callbacks.Diverged, match="not finite at step 12.* last good checkpoint: .*model-6") as error:
+        saver.save()
+    assert error.value.exit_code == 3
+    assert sorted(directory.iterdir()) == before
+
+
+def test_a_save_that_fails_is_tried_again_and_told_at_the_end(saving, monkeypatch):
+    saver, trainer, _, directory = saving
+    trainer.global_step = 6
+    assert saver.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        trainer.global_step = 12
+        assert not saver.save()
+        with pytest.raises(callbacks.NotSaved, match="last good checkpoint: .*model-6") as error:
+            saver.raise_failure()
+        assert error.value.exit_code == 5
+    trainer.global_step = 13
+    assert saver.save()
+    saver.raise_failure()
+    assert checkpoint.resolve(directory).name == "model-13"
+
+
+def test_a_disk_without_room_is_refused_at_the_start(saving, monkeypatch):
+    saver, *_ = saving
+    saver._before_train()
+    monkeypatch.setattr(callbacks.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 77, 23))
+    with pytest.raises(ConfigError, match="0 MB are free, but 3 checkpoints of this model need 0 MB"):
+        saver._before_train()  # 3 checkpoints of 2 floats: 24 bytes
+
+
+def test_the_best_checkpoint_is_the_one_with_the_highest_value(saving):
+    saver, trainer, _, directory = saving
+    for step, value, best in [(6, 0.3, 6), (12, 0.2, 6), (18, np.nan, 6), (24, 0.4, 24), (30, 0.4, 24)]:
+        trainer.global_step = step
+        saver.offer("AP", value)
+        assert checkpoint.read_best(directory)["step"] == best
+    assert (directory / "model-24.index").exists()
+    trainer.global_step = 24  # resumed from there, and evaluated again
+    saver.offer("AP", 0.4)
+    assert checkpoint.read_best(directory)["value"] == 0.4

@@ -1,7 +1,12 @@
 """Finding, reading and matching checkpoints."""
 
+import inspect
+import json
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ from tensorpack.compat import tfv1
 
 import checkpoint
 from checkpoint import CheckpointError, CheckpointMismatch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -164,3 +171,143 @@ def test_load_gives_the_variables_their_values(tmp_path):
         assert not session.run(other).any()
     assert matched.loaded == ["conv0/W"]
     assert len(lines) == 1
+
+
+# ---------------------------------------------------------------- checkpoints of a run
+
+
+def write_files(prefix):
+    """What stands for TensorFlow writing a checkpoint."""
+    for suffix in (".data-00000-of-00001", ".index"):
+        Path(prefix + suffix).write_text(suffix)
+
+
+def test_save_leaves_a_complete_checkpoint_and_its_state(tmp_path):
+    assert checkpoint.save(write_files, tmp_path, 12, {"seed": 3}) == tmp_path / "model-12"
+    assert json.loads((tmp_path / "model-12.json").read_text()) == {"seed": 3}
+    assert checkpoint.resolve(tmp_path) == tmp_path / "model-12"
+    assert not (tmp_path / checkpoint.SCRATCH).exists()
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    def write_half(prefix):
+        Path(prefix + ".data-00000-of-00001").write_text("half")
+        raise OSError("No space left on device")
+
+    checkpoint.save(write_files, tmp_path, 6, {})
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(write_half, tmp_path, 12, {})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+KILLED_SAVE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import checkpoint
+from pathlib import Path
+{write_files}
+calls = 0
+def count(function):
+    def counted(*args):
+        global calls
+        calls += 1
+        if calls == {number}:
+            os._exit(9)
+        return function(*args)
+    return counted
+os.replace, os.open, os.fsync, os.close = map(count, (os.replace, os.open, os.fsync, os.close))
+checkpoint.save(write_files, {directory!r}, 12, {{}})
+"""
+
+
+def test_killed_at_any_moment_of_a_save_the_newest_complete_checkpoint_is_whole(tmp_path):
+    number, is_killed = 0, True
+    while is_killed:
+        number += 1
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        checkpoint.save(write_files, directory, 6, {})
+        function = inspect.getsource(write_files)  # to import this file would import TensorFlow
+        script = KILLED_SAVE.format(root=str(ROOT), directory=str(directory), number=number, write_files=function)
+        code = subprocess.run([sys.executable, "-c", script], timeout=60).returncode
+        is_killed = code == 9
+        assert code in (0, 9)
+        newest = checkpoint.resolve(directory)
+        assert newest.name in ("model-6", "model-12")
+        for suffix in (".data-00000-of-00001", ".index"):
+            assert Path(f"{newest}{suffix}").read_text() == suffix
+        assert Path(f"{newest}.json").read_text() == "{}"
+    assert newest.name == "model-12"
+    assert number > 10
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        checkpoint.save(write_files, tmp_path, step, {})
+    (tmp_path / "model-1.index").write_text("not ours: no state beside it")
+    (tmp_path / "model-1.data-00000-of-00001").write_text("")
+    checkpoint.mark_best(tmp_path, step=4, metric="AP", value=0.5)
+    checkpoint.prune(tmp_path)
+    left = sorted(path.name for path in tmp_path.glob("model-*.index"))
+    assert left == ["model-1.index", "model-10.index", "model-4.index", "model-6.index", "model-8.index"]
+    assert not (tmp_path / "model-2.json").exists()
+    assert checkpoint.read_best(tmp_path)["checkpoint"] == "model-4"
+
+
+@pytest.fixture
+def resumable(run):
+    """The run of above with a state beside each checkpoint."""
+    for step in (90, 500):
+        (run / f"model-{step}.json").write_text(json.dumps({"step": step}))
+    return run
+
+
+def test_resuming_takes_the_newest_checkpoint(resumable):
+    snapshot = checkpoint.newest_readable(resumable)
+    assert (snapshot.path, snapshot.step, snapshot.state) == (resumable / "model-500", 500, {"step": 500})
+    assert sorted(snapshot.values) == ["conv0/W", "conv0/W/Momentum", "learning_rate"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no index", "no state"])
+def test_resuming_falls_back_to_the_checkpoint_before(resumable, damage, caplog):
+    data_file = resumable / "model-500.data-00000-of-00001"
+    content = data_file.read_bytes()
+    if damage == "cut":
+        data_file.write_bytes(content[:-1])
+    elif damage == "flipped":
+        data_file.write_bytes(content[:5] + bytes([content[5] ^ 1]) + content[6:])
+    else:
+        (resumable / f"model-500.{'index' if damage == 'no index' else 'json'}").unlink()
+    assert checkpoint.newest_readable(resumable).step == 90
+    if damage != "no index":
+        assert "model-500 can't be read" in caplog.text
+
+
+def test_resuming_from_nothing_but_damaged_checkpoints_is_an_error(resumable):
+    for path in resumable.glob("*.data-*"):
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointMismatch, match="no checkpoint in .* can be read"):
+        checkpoint.newest_readable(resumable)
+
+
+def test_restore_gives_all_variables_their_values_and_types(tmp_path):
+    values = {"conv0/W": np.ones([2, 3], np.float32), "global_step": np.int64(2**40)}
+    snapshot = checkpoint.Snapshot(tmp_path / "model-7", 7, values, {})
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        weight = tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
+        step = tfv1.get_variable("global_step", [], tf.int64, initializer=tf.zeros_initializer())
+        checkpoint.restore(snapshot, session)
+        np.testing.assert_array_equal(session.run(weight), values["conv0/W"])
+        assert session.run(step) == 2**40
+        tfv1.get_variable("conv0/W/Momentum", [2, 3], initializer=tf.zeros_initializer())
+        with pytest.raises(CheckpointMismatch, match="1 variables don't fit, first conv0/W/Momentum"):
+            checkpoint.restore(snapshot, session)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    np.savez(tmp_path / "bad.npz", **{"conv0/W:0": np.full([2, 3], np.nan)})
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
+        with pytest.raises(CheckpointMismatch, match="not finite: 1 variables, first conv0/W"):
+            checkpoint.load(tmp_path / "bad.npz", session, check=checkpoint.check_complete)

@@ -19,6 +19,7 @@ import eval as evaluation
 from config import Config
 from dataset import CocoDataset
 from eval import EvaluationError, ImageDetections, NonFiniteError, ResultsFile
+from ranks import Ranks
 
 
 class Found(NamedTuple):
@@ -257,6 +258,41 @@ def test_perfect_network_scores_1(config, dataset, tmp_path, batch_size):
         np.testing.assert_allclose(by_image[image_id, 40], [20, 22, 21, 21], atol=2e-3)
 
 
+class OneOfTwo(Ranks):
+    """A rank of two that are run one after the other, rank 1 first: what it tells waits in `told`."""
+
+    size = 2
+
+    def __init__(self, rank, told):
+        self.rank, self._told = rank, told
+
+    def gather(self, value):
+        self._told.append(value)
+        return self._told[::-1]
+
+
+def test_ranks_share_the_work_and_find_the_same(config, dataset, tmp_path):
+    alone = evaluation.evaluate_dataset(perfect(dataset), dataset, output=tmp_path / "alone.json")
+    told, images, calls = [], [], []
+
+    def predict(image, image_shape):
+        images.extend(image[:, 0, 0, 0].tolist())
+        return perfect(dataset)(image, image_shape)
+
+    for rank in (1, 0):
+        metrics = evaluation.evaluate_dataset(
+            predict,
+            dataset,
+            output=tmp_path / "shared.json",
+            ranks=OneOfTwo(rank, told),
+            before_batch=lambda: calls.append(rank),  # noqa: B023 (called at once)
+        )
+        assert metrics == (alone if rank == 0 else None)
+    assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
+    assert sorted(images) == [record.image_id for record in dataset.records(training=False)]
+    assert calls.count(0) == calls.count(1) > 0
+
+
 def test_evaluation_without_masks_or_file(config, dataset, tmp_path):
     config.MODE_MASK = False
     before = set(tmp_path.iterdir())
@@ -328,7 +364,16 @@ def test_callback(config, dataset, tmp_path, period, steps):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "rectangles-8.json").write_text("of the run before")
-    callback = evaluation.EvalCallback(lambda: Inference(dataset), [dataset], period_epochs=period, output_dir=folder)
+    batches, offers = [], []
+    callback = evaluation.EvalCallback(
+        lambda: Inference(dataset),
+        [dataset],
+        period_epochs=period,
+        output_dir=folder,
+        ranks=Ranks(),
+        before_batch=lambda: batches.append(1),
+        offer=lambda *offer: offers.append(offer),
+    )
     recorder = Recorder()
     settings = TrainConfig(
         model=OneVariable(),
@@ -346,5 +391,7 @@ def test_callback(config, dataset, tmp_path, period, steps):
     assert (folder / "rectangles-8.json").read_text() == "of the run before"
     ap = [(step, value) for step, name, value in recorder.scalars if name == "rectangles-mAP(segm)/IoU=0.5:0.95"]
     assert ap == [(step, pytest.approx(1)) for step in steps]
+    assert offers == [("rectangles-mAP(segm)/IoU=0.5:0.95", pytest.approx(1))] * len(steps)
+    assert len(batches) >= len(steps)
     # There are no medium or large objects: nothing is reported of them.
     assert len(recorder.scalars) == 8 * len(steps) and not any(math.isnan(value) for _, _, value in recorder.scalars)

@@ -17,6 +17,7 @@ LINES = (
     {"eval", "viz"},
     {"metrics"},
     {"callbacks", "checkpoint"},
+    {"replicas", "ranks", "watchdog"},
     {"modeling.rcnn"},
     {f"modeling.{part}" for part in ("backbone", "fpn", "rpn", "box_head", "cascade", "mask_head")},
     {"modeling.layers", "modeling.box_ops"},
@@ -31,7 +32,7 @@ ENTRY_POINTS = LINES[0]
 FREE_PACKAGES = {"tests", "examples"}  # import what they like
 SETUP = "setup"  # runs before there is an environment: scripts that know nothing of the rest
 READS_CONFIG = {"train", "predict", "tools", "modeling.rcnn", "data", "eval", "export", "inspection"}
-CONFIG_FOR_ALL = {"UserError"}
+CONFIG_FOR_ALL = {"ConfigError", "UserError"}
 PRINTS = {"train", "predict", "tools", "examples", SETUP}
 MAX_FUNCTION_LINES = 60
 RUNS_INPUT = {

@@ -1,6 +1,7 @@
 """The programs as they are used, in processes of their own, on a tiny model and generated data."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,9 +46,18 @@ SETTINGS = [
 ]
 
 
-def run(program, *arguments, timeout=300):
+def run(program, *arguments, timeout=300, fault="", fault_rank=0, one_core=False, num_ranks=1):
+    """Run a program, also as several ranks; `fault`: see faulty_train.py.
+
+    On one core TensorFlow computes the same bits every time.
+    """
     command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    if num_ranks > 1:
+        pytest.importorskip("horovod", reason="Horovod is not installed: make horovod")
+        command = [Path(sys.executable).with_name("horovodrun"), "-np", str(num_ranks), *command]
+    environment = {**os.environ, "FAULT": fault, "FAULT_RANK": str(fault_rank)}
+    pin = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if one_core else None
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, preexec_fn=pin)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def basedir(tmp_path_factory):
 def trained(basedir, tmp_path_factory):
     """(directory, output) of a run of 12 steps."""
     logdir = tmp_path_factory.mktemp("runs") / "first"
-    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}")
+    result = run("train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", one_core=True)
     assert result.returncode == 0, result.stderr
     return logdir, result.stdout + result.stderr
 
@@ -126,8 +136,75 @@ class TestTraining:
         settings = [*SETTINGS, f"DATA.BASEDIR={basedir}", "TRAIN.BASE_LR=1e9", "TRAIN.WARMUP=0"]
         result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
         assert result.returncode == 3
-        assert "the loss is not finite at step" in result.stderr.strip().splitlines()[-1]
+        message = result.stderr.strip().splitlines()[-1]
+        assert "the loss or its gradient is not finite at step" in message
+        assert all(part in message for part in ("images ", "wd_cost=", "label_loss=", "learning rate 1e+09"))
+        assert "there is no checkpoint yet" in message
         assert not list((tmp_path / "run").glob("model-*"))
+        (batch,) = (tmp_path / "run").glob("diverged-*-rank0.npz")
+        assert str(batch) in message
+        with np.load(batch) as saved:
+            assert saved["tower0/image"].shape[0] == 2
+            assert all(str(image_id) in message for image_id in saved["tower0/image_id"])
+
+    def test_interrupted_and_resumed_it_ends_as_if_nothing_had_been(self, trained, basedir, tmp_path):
+        logdir = tmp_path / "run"
+        arguments = ["--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}"]
+        resuming = ["--resume", *arguments]
+
+        def start(fault, *arguments):
+            return run("tests/faulty_train.py", *arguments, fault=fault, one_core=True)
+
+        assert start("worker_raises=0", *arguments).returncode == 4  # before its first step: it can be tried again
+        stopped = start("sigterm_in_step=4", *arguments)
+        assert stopped.returncode == 143
+        assert stopped.stderr.splitlines()[-1] == "train.py: stopped by SIGTERM; --resume goes on from the checkpoint"
+        assert sorted(path.name for path in logdir.glob("model-*.index")) == ["model-4.index"]
+        stopped = start("sigint_in_evaluation", *resuming)
+        assert stopped.returncode == 130
+        assert not (logdir / "shapes_val-12.json").exists()
+        finished = start("", *resuming)
+        assert finished.returncode == 0, finished.stderr
+        for name in ("model-12.data-00000-of-00001", "model-12.index", "shapes_val-12.json", "best.json"):
+            assert (logdir / name).read_bytes() == (trained[0] / name).read_bytes(), name
+        rows, expected = (json.loads((folder / "stats.json").read_text()) for folder in (logdir, trained[0]))
+        assert [row["global_step"] for row in rows] == [row["global_step"] for row in expected]
+        assert {key: value for key, value in rows[-1].items() if "mAP" in key} == {
+            key: value for key, value in expected[-1].items() if "mAP" in key
+        }
+        assert len(list(logdir.glob("log.log*"))) == 4  # every start has its own
+
+
+# The same two images in every step, as one batch, as two towers or as two ranks: only the order of sums differs.
+WEIGHT_TOLERANCE, MOMENTUM_TOLERANCE = 1e-5, 1e-4
+
+
+@pytest.mark.slow
+class TestSeveralDevices:
+    @pytest.mark.parametrize("settings", [{"TRAIN.NUM_GPUS": 2}, {"TRAINER": "horovod"}])
+    def test_two_with_one_image_each_train_as_one_with_two(self, trained, basedir, tmp_path, settings):
+        settings = [*SETTINGS, *(f"{key}={value}" for key, value in settings.items()), "TRAIN.BATCH_SIZE_PER_GPU=1"]
+        arguments = ["--logdir", tmp_path, "--config", *settings, f"DATA.BASEDIR={basedir}"]
+        result = run("train.py", *arguments, num_ranks=2 if "TRAINER=horovod" in settings else 1)
+        assert result.returncode == 0, result.stderr
+        assert "The reduced gradients equal the mean of the replicas' gradients." in result.stdout
+        assert "Do not know how to sync variable" not in result.stdout
+        found, expected = (read_checkpoint(folder / "model-12") for folder in (tmp_path, trained[0]))
+        for name in expected.keys() - {"accumulated_steps"}:  # a counter, of which each tower has its own
+            tolerance = MOMENTUM_TOLERANCE if name.endswith("/Momentum") else WEIGHT_TOLERANCE
+            np.testing.assert_allclose(found[name], expected[name], atol=tolerance, err_msg=name)
+        # every image was evaluated, by whichever rank, and the file has their order
+        results, by_one = (json.loads((folder / "shapes_val-12.json").read_text()) for folder in (tmp_path, trained[0]))
+        assert [result["image_id"] for result in results] == [result["image_id"] for result in by_one]
+        np.testing.assert_allclose([x["score"] for x in results], [x["score"] for x in by_one], atol=1e-3)
+
+
+def read_checkpoint(path):
+    """All variables: name -> array."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(path))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
 
 @pytest.mark.slow
