@@ -32,10 +32,12 @@ def parse_arguments(arguments=None):
 def main(arguments):
     # ------------------------------------------------------------------------------------------- refuse early
     config.update(arguments.config)
+    weights = find_weights(arguments.load)
+    if weights:
+        config.adopt(checkpoint.carried_settings(weights[0]), source=weights[0])
     config.check()
     logdir = new_directory(arguments.logdir)
     train_sets, val_sets = load_datasets()
-    weights = find_weights(arguments.load)
     config.DATA.CLASS_NAMES = ["BG", *train_sets[0].class_names]
     config.DATA.NUM_CATEGORY = len(train_sets[0].class_names)
     records = [

@@ -22,7 +22,7 @@ import boxes as np_boxes
 from config import config
 
 from . import box_head, box_ops, cascade, mask_head, rpn
-from .backbone import frozen, resnet, resnet_stage
+from .backbone import BACKBONES, BLOCKS, frozen, resnet_stage
 from .fpn import fpn
 from .layers import shape_list
 
@@ -167,6 +167,7 @@ def _backbone_options(training):
     norm = config.BACKBONE.NORM
     return {
         "norm": "FreezeBN" if norm == "SyncBN" and not training else norm,
+        "epsilon": config.BACKBONE.NORM_EPSILON,
         "tf_pad_mode": config.BACKBONE.TF_PAD_MODE,
         "stride_1x1": config.BACKBONE.STRIDE_1X1,
     }
@@ -188,7 +189,7 @@ def _compute_dtype(training):
 def _features(image, image_shape, *, training):
     """Maps for the proposals, [N, H / stride, W / stride, C] in the compute dtype, and their strides in pixels."""
     num_blocks = config.BACKBONE.RESNET_NUM_BLOCKS
-    features = resnet(
+    features = BACKBONES[config.BACKBONE.NAME](
         tf.cast(_normalise(image, image_shape), _compute_dtype(training)),
         num_blocks=num_blocks if config.MODE_FPN else num_blocks[:3],
         width=config.BACKBONE.WIDTH,
@@ -223,6 +224,7 @@ class _RoIFeatures:
             return resnet_stage(
                 x,
                 3,
+                block=BLOCKS[config.BACKBONE.NAME],
                 num_blocks=config.BACKBONE.RESNET_NUM_BLOCKS[3],
                 width=config.BACKBONE.WIDTH * 8,
                 freeze=frozen(4, config.BACKBONE.FREEZE_AT, config.BACKBONE.FREEZE_AFFINE),

@@ -21,12 +21,13 @@ LINES = (
     {f"modeling.{part}" for part in ("backbone", "fpn", "rpn", "box_head", "cascade", "mask_head")},
     {"modeling.layers", "modeling.box_ops"},
     {"data"},
-    {"dataset"},
+    {"dataset", "zoo"},
     {"boxes"},
     {"config"},
 )
 UNITS = set().union(*LINES)
 ALSO_ALLOWED = {("modeling.cascade", "modeling.box_head"), ("callbacks", "checkpoint")}
+PACKAGES = {"dataset", "zoo"}  # whose files may import each other
 ENTRY_POINTS = LINES[0]
 FREE_PACKAGES = {"tests", "examples"}  # import what they like
 SETUP = "setup"  # runs before there is an environment: scripts that know nothing of the rest
@@ -94,7 +95,7 @@ def may_import(importer, imported):
         return True
     if importer not in UNITS or imported not in UNITS or imported in ENTRY_POINTS:
         return False
-    if importer == imported and importer == "dataset":
+    if importer == imported and importer in PACKAGES:
         return True
     if "data" in (importer, imported) and any(unit.startswith("modeling") for unit in (importer, imported)):
         return False

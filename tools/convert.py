@@ -1,0 +1,120 @@
+"""Convert weights of other systems to this project's `.npz`, and back to torchvision's.
+
+    python -m tools.convert resnet50-0676ba61.pth ImageNet-R50.npz        torchvision, Detectron2 or Keras to ours
+    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to a state dict of torchvision's
+
+The content of a file says what it is. The `.npz` carries the settings that the weights need; train.py and predict.py
+apply them. No PyTorch, Detectron2 or Keras is needed, and nothing that a file says is run.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+import checkpoint
+from config import Config, UserError, as_overrides
+from zoo import files, mapping, torchvision
+
+SYSTEMS = (torchvision,)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help=".pth, .pkl, .h5 or .keras; with --to our checkpoint")
+    parser.add_argument("output", type=Path, help="new file")
+    parser.add_argument(
+        "--allow-leftover", action="store_true", help="convert though the file holds more than it should"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to carry, where the file can't tell"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    if arguments.output.exists():
+        raise UserError(f"{arguments.output} exists already: name another file, or move it away")
+    import_weights(arguments)
+
+
+def import_weights(arguments):
+    """Theirs to ours."""
+    if arguments.output.suffix != ".npz":
+        raise UserError(f"{arguments.output}: the result is a .npz")
+    arrays = _without_wrapping(files.read(arguments.source))
+    sha256 = _sha256(arguments.source)
+    model = recognise(arrays, sha256=sha256, source=arguments.source)
+    values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
+    settings = _with_overrides(model.settings, arguments.set)
+    print(f"{arguments.source}: {model.name}, SHA-256 {sha256}")
+    rows = [
+        (pair.theirs, list(arrays[pair.theirs].shape), pair.ours, list(values[pair.ours].shape)) for pair in model.pairs
+    ]
+    rows += [("(added)", "", name, list(value.shape)) for name, value in model.added.items()]
+    print(tabulate(rows, headers=("theirs", "shape", "ours", "shape")))
+    print(f"Left over: {', '.join(leftover) or 'nothing'}; ignored, as they are no weights: {len(model.ignored)}")
+    for note in model.notes:
+        print(f"Note: {note}")
+    _write(arguments.output, lambda file: checkpoint.write_npz(file, values, settings))
+    print(f"{arguments.output}: {len(values)} variables, SHA-256 {_sha256(arguments.output)}")
+    print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
+
+
+def recognise(arrays, *, sha256, source):
+    """The Model of the first system that knows the names."""
+    for system in SYSTEMS:
+        model = system.recognise(arrays, sha256=sha256)
+        if model:
+            return model
+    raise mapping.MappingError(f"{source} is no model that is known here; it holds {', '.join(list(arrays)[:3])} ...")
+
+
+def _without_wrapping(arrays):
+    """The arrays of the model alone, where a training checkpoint wraps it: "model/conv1.weight" and optimizer state."""
+    for folder in ("model/", "state_dict/", "blobs/"):
+        inner = {name.removeprefix(folder): x for name, x in arrays.items() if name.startswith(folder)}
+        if inner:
+            return inner
+    return arrays
+
+
+def _with_overrides(settings, overrides):
+    """The settings, all of them checked, with what --set says."""
+    checked = Config()
+    checked.adopt(settings, source="the converter")
+    checked.update(overrides)
+    given = {text.partition("=")[0].strip() for text in overrides}
+    return {key: checked.value(key) for key in [*settings, *sorted(given - set(settings))]}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path, write):
+    """Write a new file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UserError as error:
+        print(f"tools.convert: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
