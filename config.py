@@ -40,6 +40,7 @@ class ConfigError(UserError):
 DEFAULTS = dict(
     TRAINER="replicated",  # "replicated": all GPUs of one machine; "horovod": one process per GPU, on any machines
     MODE_MASK=True,  # Mask R-CNN: predict a mask for each box
+    CONVENTIONS="tensorpack",  # or torchvision, detectron2: fine print of a detector that converted weights expect
     MODE_FPN=False,  # feature pyramid (strides 4 to 64) instead of C4's one map of stride 16
     DATA=dict(
         BASEDIR="/path/to/your/DATA/DIR",  # the folder that holds `annotations` and the image folders
@@ -416,6 +417,7 @@ def _from_text(text):
 
 CHOICES = {
     "TRAINER": ("replicated", "horovod"),
+    "CONVENTIONS": ("tensorpack", "torchvision", "detectron2"),
     "DATA.ABSOLUTE_COORD": (True,),
     "BACKBONE.NAME": ("resnet", "resnet_basic", "resnext_32x4d", "resnext_32x8d", "resnext_64x4d"),
     "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),

@@ -200,6 +200,20 @@ def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
     return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
 
 
+def conv2d_of_head(name, norm_name, x, channels, *, norm, norm_first=False):
+    """A 3x3 convolution with ReLU of a box or mask head, [R, H, W, C] -> [R, H, W, channels].
+
+    Args:
+        name, norm_name: variable scopes. norm: "None" or "GN", which comes after the ReLU, as in the published models,
+            or before it.
+    """
+    relu_last = norm == "GN" and norm_first
+    x = conv2d(name, x, channels, 3, initializer=HE_FAN_OUT, activation=None if relu_last else tf.nn.relu)
+    if norm == "GN":
+        x = group_norm(norm_name, x)
+    return tf.nn.relu(x) if relu_last else x
+
+
 NORMS = {"GN": group_norm, "SyncBN": batch_norm}
 
 

@@ -32,6 +32,7 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--allow-leftover", action="store_true", help="convert though the file holds more than it should"
     )
+    parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO has")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to carry, where the file can't tell"
     )
@@ -50,7 +51,7 @@ def import_weights(arguments):
         raise UserError(f"{arguments.output}: the result is a .npz")
     arrays = _without_wrapping(files.read(arguments.source))
     sha256 = _sha256(arguments.source)
-    model = recognise(arrays, sha256=sha256, source=arguments.source)
+    model = recognise(arrays, source=arguments.source, sha256=sha256, all_slots=arguments.all_slots)
     values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
     settings = _with_overrides(model.settings, arguments.set)
     print(f"{arguments.source}: {model.name}, SHA-256 {sha256}")
@@ -67,10 +68,13 @@ def import_weights(arguments):
     print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
 
 
-def recognise(arrays, *, sha256, source):
+def recognise(arrays, *, source, **options):
     """The Model of the first system that knows the names."""
     for system in SYSTEMS:
-        model = system.recognise(arrays, sha256=sha256)
+        try:
+            model = system.recognise(arrays, **options)
+        except (ValueError, IndexError, TypeError) as error:  # what comes of unpacking shapes that no model has
+            raise mapping.MappingError(f"{source} has names of a known model, but other shapes: {error}") from error
         if model:
             return model
     raise mapping.MappingError(f"{source} is no model that is known here; it holds {', '.join(list(arrays)[:3])} ...")

@@ -6,15 +6,32 @@ normalised with ImageNet's mean and deviation, which are our defaults.
 
 import re
 
-from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, Model, Pair, layer
+from . import coco
+from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, Model, Pair, layer, per_class
 
 BODY = "backbone.body."  # of a detector
 NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
 
 
-def recognise(arrays, *, sha256):
-    """The Model of a state dict, or None if the names are not torchvision's."""
-    del sha256
+# The published weights on COCO, by the beginning of their SHA-256; their batch norm has no epsilon.
+COCO_V1 = {"258fb6c6": "fasterrcnn_resnet50_fpn", "bf2d0c1e": "maskrcnn_resnet50_fpn"}
+# What names were before torchvision 0.11, and in the published files.
+OLD_NAMES = (
+    (r"(backbone\.fpn\.\w+_blocks\.\d)\.0\.(\w+)", r"\1.\2"),
+    (r"rpn\.head\.conv\.0\.0\.(\w+)", r"rpn.head.conv.\1"),
+    (r"roi_heads\.mask_head\.(\d)\.0\.(\w+)", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{m[2]}"),
+)
+UNUSED_LOGIT = -100.0  # of classes that only torchvision has a place for: no probability
+
+
+def recognise(arrays, *, sha256, all_slots=False):
+    """The Model of a state dict, or None if the names are not torchvision's.
+
+    Args:
+        sha256: of the file. all_slots: keep the 10 class slots between COCO's ids that no class has.
+    """
+    if f"{BODY}layer1.0.conv1.weight" in arrays and "rpn.head.cls_logits.weight" in arrays:
+        return _detector(arrays, sha256=sha256, all_slots=all_slots)
     if "conv1.weight" in arrays and "layer1.0.conv1.weight" in arrays:
         return _classifier(arrays)
     return None
@@ -88,3 +105,109 @@ def _classifier(arrays):
         _backbone_settings(name, num_blocks),
         ignored=_counters(arrays),
     )
+
+
+# ------------------------------------------------------------------------------------------------------ detectors
+
+
+def detector_pairs(num_blocks, num_convolutions, *, num_slots, slots, masks):
+    """The pairs of a Faster or Mask R-CNN with a feature pyramid.
+
+    Args:
+        num_blocks, num_convolutions: see `backbone_pairs`. num_slots: of their classes, background included.
+        slots: for background and each of our classes theirs. masks: whether there is a mask branch.
+    """
+    pairs = backbone_pairs(num_blocks, num_convolutions, prefix=BODY)
+    for i in range(4):
+        pairs += layer(f"fpn/lateral_1x1_c{i + 2}", f"backbone.fpn.inner_blocks.{i}.0", CONVOLUTION)
+        pairs += layer(f"fpn/posthoc_3x3_p{i + 2}", f"backbone.fpn.layer_blocks.{i}.0", CONVOLUTION)
+    pairs += layer("rpn/conv0", "rpn.head.conv.0.0", CONVOLUTION)
+    pairs += layer("rpn/class", "rpn.head.cls_logits", CONVOLUTION)
+    pairs += layer("rpn/box", "rpn.head.bbox_pred", CONVOLUTION)
+    pairs += layer("fastrcnn/fc6", "roi_heads.box_head.fc6")
+    pairs += layer("fastrcnn/fc7", "roi_heads.box_head.fc7")
+    theirs, boxes = "roi_heads.box_predictor", dict(size=4, num_theirs=num_slots)
+    pairs += layer(
+        "fastrcnn/outputs/class",
+        f"{theirs}.cls_score",
+        per_class(slots, num_theirs=num_slots),
+        per_class(slots, num_theirs=num_slots, inner=SAME, empty=UNUSED_LOGIT),
+    )
+    pairs += layer(
+        "fastrcnn/outputs/box",
+        f"{theirs}.bbox_pred",
+        per_class(slots, **boxes),
+        per_class(slots, inner=SAME, **boxes),
+    )
+    return pairs + (_mask_pairs(num_slots, slots) if masks else [])
+
+
+def _mask_pairs(num_slots, slots):
+    pairs, theirs = [], "roi_heads.mask_predictor"
+    for i in range(4):
+        pairs += layer(f"maskrcnn/fcn{i}", f"roi_heads.mask_head.{i}.0", CONVOLUTION)
+    pairs += layer("maskrcnn/deconv", f"{theirs}.conv5_mask", CONVOLUTION)
+    masks = dict(num_theirs=num_slots)
+    return pairs + layer(
+        "maskrcnn/conv",
+        f"{theirs}.mask_fcn_logits",
+        per_class(slots[1:], inner=CONVOLUTION, **masks),
+        per_class(slots[1:], inner=SAME, **masks),
+    )
+
+
+def class_slots(num_slots, *, all_slots=False):
+    """For background and each of our classes the slot of theirs: COCO's classes stand at their ids."""
+    if num_slots == coco.LAST_ID + 1 and not all_slots:
+        return (0, *coco.IDS)
+    return tuple(range(num_slots))
+
+
+def _detector(arrays, *, sha256, all_slots):
+    name, num_blocks, num_convolutions = _shapes(arrays, BODY)
+    num_slots = len(arrays["roi_heads.box_predictor.cls_score.bias"])
+    slots = class_slots(num_slots, all_slots=all_slots)
+    masks = any(name.startswith("roi_heads.mask_predictor.") for name in arrays)
+    pairs = detector_pairs(num_blocks, num_convolutions, num_slots=num_slots, slots=slots, masks=masks)
+    published = COCO_V1.get(sha256[:8])
+    settings = detector_settings(name, num_blocks, masks=masks, epsilon=0.0 if published else 1e-5)
+    return Model(
+        f"torchvision's {'Mask' if masks else 'Faster'} R-CNN with a feature pyramid"
+        + (f", {published}, as published" if published else ""),
+        [pair._replace(theirs=_name_in(arrays, pair.theirs)) for pair in pairs],
+        {**settings, **coco.settings(len(slots) - 1)},
+        ignored=_counters(arrays),
+        notes=tuple(_notes(num_slots - len(slots), published)),
+    )
+
+
+def _name_in(arrays, name):
+    """The name that an array has in the file: it may be an old one."""
+    for pattern, replacement in () if name in arrays else OLD_NAMES:
+        old = re.sub(pattern, replacement, name)
+        if old in arrays:
+            return old
+    return name
+
+
+def detector_settings(name, num_blocks, *, masks, epsilon):
+    """What a detector of theirs needs; see `_backbone_settings`."""
+    return {
+        "CONVENTIONS": "torchvision",
+        "MODE_FPN": True,
+        "MODE_MASK": masks,
+        **_backbone_settings(name, num_blocks, epsilon=epsilon),
+        "RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512],
+        "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0],
+        "FRCNN.BBOX_REG_WEIGHTS": [10.0, 10.0, 5.0, 5.0],
+    }
+
+
+def _notes(num_dropped, published):
+    if num_dropped:
+        yield f"{num_dropped} class slots between COCO's ids, which no class has, are left out (--all-slots keeps them)"
+    if not published:
+        yield (
+            "batch norm's epsilon is taken to be 1e-5; if training began with torchvision's weights on COCO, it was 0: "
+            "add --set BACKBONE.NORM_EPSILON=0"
+        )
