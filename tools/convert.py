@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,9 +19,17 @@ from tabulate import tabulate
 
 import checkpoint
 from config import Config, UserError, as_overrides
-from zoo import files, mapping, torchvision
+from zoo import detectron2, files, keras, mapping, torchvision
 
-SYSTEMS = (torchvision,)
+SYSTEMS = (torchvision, detectron2, keras)
+# Settings that the shapes of our variables tell: key, pattern of the name, axis.
+SIZES = (
+    ("BACKBONE.WIDTH", r"conv0/W", 3),
+    ("FPN.NUM_CHANNEL", r"fpn/lateral_1x1_c2/W", 3),
+    ("FPN.FRCNN_FC_HEAD_DIM", r"(fastrcnn|cascade_rcnn_stage1/head)/(fc6|fc)/W", 1),
+    ("FPN.FRCNN_CONV_HEAD_DIM", r"(fastrcnn|cascade_rcnn_stage1/head)/conv0/W", 3),
+    ("MRCNN.HEAD_DIM", r"maskrcnn/deconv/W", 2),
+)
 
 
 def parse_arguments(arguments=None):
@@ -32,6 +41,7 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--allow-leftover", action="store_true", help="convert though the file holds more than it should"
     )
+    parser.add_argument("--to", choices=["torchvision"], help="write a state dict of this system")
     parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO has")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to carry, where the file can't tell"
@@ -42,7 +52,35 @@ def parse_arguments(arguments=None):
 def main(arguments):
     if arguments.output.exists():
         raise UserError(f"{arguments.output} exists already: name another file, or move it away")
-    import_weights(arguments)
+    if arguments.to:
+        export_weights(arguments)
+    else:
+        import_weights(arguments)
+
+
+def export_weights(arguments):
+    """Ours to torchvision's."""
+    path = checkpoint.resolve(arguments.source)
+    values, settings = checkpoint.read(path), Config()
+    if config_file := checkpoint.find_config(path):
+        settings.load(config_file)
+    settings.adopt(checkpoint.carried_settings(path), source=path)
+    settings.update(arguments.set)
+    model = torchvision.counterpart(values, settings)
+    arrays = mapping.to_theirs(model, values)
+    print(f"{path}: {model.name}")
+    print_table(arrays, model, values)
+    _write(arguments.output, lambda file: files.write_torch(file, arrays))
+    print(f"{arguments.output}: {len(arrays)} arrays, SHA-256 {_sha256(arguments.output)}")
+
+
+def print_table(arrays, model, values):
+    """What maps to what, and what else there is to say."""
+    rows = [(p.theirs, list(arrays[p.theirs].shape), p.ours, list(values[p.ours].shape)) for p in model.pairs]
+    rows += [("(none)", "", name, list(value.shape)) for name, value in model.added.items()]
+    print(tabulate(rows, headers=("theirs", "shape", "ours", "shape")))
+    for note in model.notes:
+        print(f"Note: {note}")
 
 
 def import_weights(arguments):
@@ -53,16 +91,10 @@ def import_weights(arguments):
     sha256 = _sha256(arguments.source)
     model = recognise(arrays, source=arguments.source, sha256=sha256, all_slots=arguments.all_slots)
     values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
-    settings = _with_overrides(model.settings, arguments.set)
+    settings = _with_overrides({**model.settings, **_sizes(values)}, arguments.set)
     print(f"{arguments.source}: {model.name}, SHA-256 {sha256}")
-    rows = [
-        (pair.theirs, list(arrays[pair.theirs].shape), pair.ours, list(values[pair.ours].shape)) for pair in model.pairs
-    ]
-    rows += [("(added)", "", name, list(value.shape)) for name, value in model.added.items()]
-    print(tabulate(rows, headers=("theirs", "shape", "ours", "shape")))
-    print(f"Left over: {', '.join(leftover) or 'nothing'}; ignored, as they are no weights: {len(model.ignored)}")
-    for note in model.notes:
-        print(f"Note: {note}")
+    print_table(arrays, model, values)
+    print(f"Left over: {', '.join(leftover) or 'nothing'}; no weights, or folded: {len(model.ignored)}")
     _write(arguments.output, lambda file: checkpoint.write_npz(file, values, settings))
     print(f"{arguments.output}: {len(values)} variables, SHA-256 {_sha256(arguments.output)}")
     print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
@@ -87,6 +119,16 @@ def _without_wrapping(arrays):
         if inner:
             return inner
     return arrays
+
+
+def _sizes(values):
+    """The settings of SIZES that are not the defaults."""
+    found = {
+        key: x.shape[axis] for key, pattern, axis in SIZES for name, x in values.items() if re.fullmatch(pattern, name)
+    }
+    if "FPN.NUM_CHANNEL" not in found and "rpn/conv0/W" in values:
+        found["RPN.HEAD_DIM"] = values["rpn/conv0/W"].shape[3]
+    return {key: size for key, size in found.items() if size != Config().value(key)}
 
 
 def _with_overrides(settings, overrides):

@@ -80,6 +80,18 @@ def layer(ours, theirs, layout=LINEAR, bias_layout=SAME, *, weight="weight", bia
     return [Pair(f"{ours}/W", f"{theirs}.{weight}", layout), Pair(f"{ours}/b", f"{theirs}.{bias}", bias_layout)]
 
 
+def bottleneck_name(stem_channels, kernel_shape):
+    """BACKBONE.NAME of a network of bottleneck blocks.
+
+    Args:
+        stem_channels: 64 in all published ones. kernel_shape: [O, I, 3, 3] of its first block's 3x3 convolution.
+    """
+    outputs, group_width, _, _ = kernel_shape
+    if outputs == group_width == stem_channels:
+        return "resnet"
+    return f"resnext_{outputs // group_width}x{group_width * 64 // stem_channels}d"
+
+
 def from_theirs(model, arrays, *, allow_leftover=False):
     """Our variables from their arrays.
 

@@ -7,7 +7,7 @@ normalised with ImageNet's mean and deviation, which are our defaults.
 import re
 
 from . import coco
-from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, Model, Pair, layer, per_class
+from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, MappingError, Model, Pair, bottleneck_name, layer, per_class
 
 BODY = "backbone.body."  # of a detector
 NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
@@ -47,9 +47,8 @@ def _shapes(arrays, prefix):
     num_blocks = [sum(pattern.fullmatch(name) is not None for name in arrays) for pattern in patterns]
     if f"{prefix}layer1.0.conv3.weight" not in arrays:
         return "resnet_basic", num_blocks, 2
-    channels, group_width, _, _ = arrays[f"{prefix}layer1.0.conv2.weight"].shape
-    groups = channels // group_width
-    return ("resnet" if (groups, group_width) == (1, 64) else f"resnext_{groups}x{group_width}d"), num_blocks, 3
+    kernel_shape = arrays[f"{prefix}layer1.0.conv2.weight"].shape
+    return bottleneck_name(arrays[f"{prefix}conv1.weight"].shape[0], kernel_shape), num_blocks, 3
 
 
 def _norm_layer(ours, convolution, norm, layout=CONVOLUTION):
@@ -211,3 +210,51 @@ def _notes(num_dropped, published):
             "batch norm's epsilon is taken to be 1e-5; if training began with torchvision's weights on COCO, it was 0: "
             "add --set BACKBONE.NORM_EPSILON=0"
         )
+
+
+# ------------------------------------------------------------------------------------------------------ from ours
+
+
+def counterpart(values, settings):
+    """The Model of theirs that variables of ours have the architecture of.
+
+    Args:
+        values: name -> array. settings: the Config that they were trained with.
+    Raises:
+        MappingError: theirs computes something else with such weights
+    """
+    num_blocks = [_count_blocks(values, stage) for stage in range(4)]
+    num_convolutions = 3 if "group0/block0/conv3/W" in values else 2
+    name, epsilon = settings.BACKBONE.NAME, settings.BACKBONE.NORM_EPSILON
+    is_detector = "rpn/conv0/W" in values
+    if is_detector:
+        masks = "maskrcnn/conv/W" in values
+        needed = detector_settings(name, num_blocks, masks=masks, epsilon=epsilon)
+    else:
+        needed = _backbone_settings(name, num_blocks, epsilon=epsilon)
+    other = {key: settings.value(key) for key, value in needed.items() if not _equal(settings.value(key), value)}
+    if other:
+        shown = ", ".join(f"{key}={value}" for key, value in other.items())
+        raise MappingError(f"torchvision has no counterpart of models with {shown}")
+    if not is_detector:
+        pairs = backbone_pairs(num_blocks, num_convolutions) + (layer("linear", "fc") if "linear/W" in values else [])
+        return Model("torchvision's ResNet or ResNeXt", pairs, needed)
+    num_classes = len(values["fastrcnn/outputs/class/b"]) - 1
+    num_slots = coco.LAST_ID + 1 if settings.DATA.CLASS_NAMES[1:] == coco.NAMES else num_classes + 1
+    options = dict(
+        num_slots=num_slots, slots=class_slots(num_slots, all_slots=num_classes + 1 == num_slots), masks=masks
+    )
+    return Model(
+        f"torchvision's {'Mask' if masks else 'Faster'} R-CNN, num_classes={num_slots}",
+        detector_pairs(num_blocks, num_convolutions, **options),
+        needed,
+        notes=(f"the epsilon of batch norm is {epsilon}: FrozenBatchNorm2d's default is 1e-5",),
+    )
+
+
+def _count_blocks(values, stage):
+    return sum(re.fullmatch(rf"group{stage}/block\d+/conv1/W", name) is not None for name in values)
+
+
+def _equal(ours, theirs):
+    return (list(ours) if isinstance(ours, tuple) else ours) == theirs
