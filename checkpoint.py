@@ -22,6 +22,7 @@ from config import UserError
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"  # the configuration, beside the checkpoints of a run
+CARRIED = "config"  # the entry of a converted .npz with the settings that its weights need, as JSON
 NEWEST = "checkpoint"  # TensorFlow's text file that names the newest checkpoint of a directory
 BACKBONE = re.compile(r"^(conv0|group\d+/block\d+)/")
 CLASSIFIER = re.compile(r"^linear/")  # of a backbone trained on ImageNet
@@ -113,16 +114,21 @@ def find_config(path):
     return candidate if candidate.is_file() else None
 
 
-def load_config(path, config):
+def load_config(path, config, overrides=()):
     """Set the keys of a Config to those of the model's training, if they are known; else say so in a warning.
 
     Args:
-        path: as returned by `resolve`
+        path: as returned by `resolve`. overrides: texts "KEY=VALUE" of the user, which win.
+    Raises:
+        ConfigError: they contradict what a converted checkpoint says that its weights need
     """
+    carried = carried_settings(path)
     if config_file := find_config(path):
         config.load(config_file)
-    else:
+    elif not carried:
         logger.warning(f"no {CONFIG_FILE} beside {path}: the settings are the defaults and those given here")
+    config.update(overrides)
+    config.adopt(carried, source=path)
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -157,6 +163,30 @@ def _read_tensorflow(path, names=MODEL_VARIABLE):
         return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map() if names.search(name)}
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # the reader's own errors have no common base
         raise OSError(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+
+
+def carried_settings(path):
+    """The settings that a converted checkpoint (tools/convert.py) needs: dict from key to value; none of others.
+
+    Args:
+        path: as returned by `resolve`
+    """
+    if Path(path).suffix != ".npz":
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            settings = json.loads(str(archive[CARRIED])) if CARRIED in archive.files else {}
+            return dict(settings)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointMismatch(f"checkpoint {path} can't be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def write_npz(file, values, settings):
+    """Write variables (name -> array) and the settings that they need to an open file."""
+    np.savez(file, **{CARRIED: np.array(json.dumps(settings))}, **values)
 
 
 # ------------------------------------------------------------------------------------------------------ matching

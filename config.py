@@ -18,6 +18,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import threading
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ConfigError(UserError):
 DEFAULTS = dict(
     TRAINER="replicated",  # "replicated": all GPUs of one machine; "horovod": one process per GPU, on any machines
     MODE_MASK=True,  # Mask R-CNN: predict a mask for each box
+    CONVENTIONS="tensorpack",  # or torchvision, detectron2: fine print of a detector that converted weights expect
     MODE_FPN=False,  # feature pyramid (strides 4 to 64) instead of C4's one map of stride 16
     DATA=dict(
         BASEDIR="/path/to/your/DATA/DIR",  # the folder that holds `annotations` and the image folders
@@ -52,9 +54,11 @@ DEFAULTS = dict(
     ),
     BACKBONE=dict(
         WEIGHTS="",  # file of ImageNet weights to start from; empty: random ones
-        RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # bottleneck blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
+        NAME="resnet",  # resnet (50, 101, 152), resnet_basic (18, 34), resnext_32x4d, resnext_32x8d or resnext_64x4d
+        RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
         WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
         NORM="FreezeBN",  # FreezeBN (statistics of the weights), SyncBN (of the batches of all devices), GN or None
+        NORM_EPSILON=1e-5,  # added to a variance; torchvision's published detectors have 0
         FREEZE_AFFINE=False,  # FreezeBN: keep scale and shift of every norm fixed, too
         FREEZE_AT=2,  # 0 trains the whole backbone, 1 freezes the stem, 2 also the first stage, ... 5 all
         TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights that were trained so
@@ -151,6 +155,20 @@ TYPES = {
 }
 
 
+# Keys, and beginnings of keys, that a user may set otherwise than the weights say: what they change is meant.
+ADAPTABLE = ("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE")
+
+
+def as_overrides(settings):
+    """{key: value} as text to paste after --config."""
+    return " ".join(f"{key}={_quoted(value)}" for key, value in settings.items())
+
+
+def _quoted(value):
+    text = value if isinstance(value, str) else repr(list(value) if isinstance(value, tuple) else value)
+    return shlex.quote(text.replace(", ", ","))
+
+
 class _Group:
     """The keys below a prefix as attributes. Their values are in one flat dict of the Config."""
 
@@ -183,10 +201,14 @@ class Config(_Group):
 
     def __init__(self):
         super().__init__(self, "")
-        vars(self).update(_values=dict(FLAT_DEFAULTS), _frozen=False)
+        vars(self).update(_values=dict(FLAT_DEFAULTS), _given=set(), _frozen=False)
 
     def _set(self, read, items, source=""):
-        """Sets the (key, value) that `read` makes of each item: all, or none and a ConfigError with every problem."""
+        """Sets the (key, value) that `read` makes of each item: all, or none and a ConfigError with every problem.
+
+        Returns:
+            list of the keys
+        """
         if self._frozen:
             raise ConfigError("the configuration is frozen: it cannot change any more")
         values, problems = [], []
@@ -198,10 +220,11 @@ class Config(_Group):
         if problems:
             raise ConfigError("\n".join(problems))
         self._values.update(values)
+        return [key for key, _ in values]
 
     def update(self, overrides):
         """Sets keys from texts "KEY=VALUE"; all of them, or none and a ConfigError."""
-        self._set(_from_text, overrides)
+        self._given.update(self._set(_from_text, overrides))
 
     def load(self, path):
         """Sets the keys that a file of `save` names; others stay as they are."""
@@ -218,7 +241,23 @@ class Config(_Group):
 
     def set_tree(self, tree, source=""):
         """Sets the keys of a tree of dicts as `to_dict` makes it; `source` begins the lines of a ConfigError."""
-        self._set(_from_value, _flatten(tree), source)
+        self._given.update(self._set(_from_value, _flatten(tree), source))
+
+    def adopt(self, settings, *, source):
+        """Sets the keys {key: value} that the weights of the file `source` need, but for those that `update` or `load`
+        have set: these must have the same values, or be of those that cost no accuracy (ADAPTABLE)."""
+        needed = Config()
+        needed._set(_from_value, settings.items(), source=f"{source}: ")
+        differing = [
+            key
+            for key in settings
+            if key in self._given and self._values[key] != needed._values[key] and not key.startswith(ADAPTABLE)
+        ]
+        if differing:
+            given = as_overrides({key: self._values[key] for key in differing})
+            line = as_overrides({key: needed._values[key] for key in differing})
+            raise ConfigError(f"{source} was trained otherwise than with {given}: leave that out, or give {line}")
+        self._set(_from_value, [(key, value) for key, value in settings.items() if key not in self._given])
 
     def save(self, path):
         """Writes all keys as JSON. `path` is the old file or the whole new one at every moment."""
@@ -263,6 +302,11 @@ class Config(_Group):
     def changes(self):
         """{key: value} of the keys that differ from their defaults."""
         return {key: value for key, value in self._values.items() if value != FLAT_DEFAULTS[key]}
+
+    def value(self, key):
+        """The value of "GROUP.NAME"; a ConfigError if there is no such key."""
+        _types(key)
+        return self._values[key]
 
     def to_dict(self):
         """A new tree of dicts, of the form of DEFAULTS."""
@@ -378,7 +422,9 @@ def _from_text(text):
 
 CHOICES = {
     "TRAINER": ("replicated", "horovod"),
+    "CONVENTIONS": ("tensorpack", "torchvision", "detectron2"),
     "DATA.ABSOLUTE_COORD": (True,),
+    "BACKBONE.NAME": ("resnet", "resnet_basic", "resnext_32x4d", "resnext_32x8d", "resnext_64x4d"),
     "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "TRAIN.PRECISION": ("float32", "bfloat16"),  # float16 would need its loss scaled
@@ -410,7 +456,7 @@ RANGES = (
         "0 or more",
         lambda x: 0 <= x < 2**31,
         """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR
-        RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH""",
+        RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
     ),
     ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
     ("-1 (not known yet) or above 0", lambda x: x == -1 or 0 < x < 2**31, "DATA.NUM_CATEGORY"),

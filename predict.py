@@ -54,8 +54,7 @@ def main(arguments):
     # TensorFlow is imported only once all arguments are known to be good: mistakes are answered at once.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     checkpoint_path = checkpoint.resolve(arguments.load)
-    checkpoint.load_config(checkpoint_path, config)
-    config.update(arguments.config)
+    checkpoint.load_config(checkpoint_path, config, overrides=arguments.config)
     if arguments.evaluate:
         return evaluate(arguments.evaluate, checkpoint_path)
     return predict(arguments, checkpoint_path)

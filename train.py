@@ -86,6 +86,9 @@ def prepare(arguments, logdir):
     if resume:
         config.load(logdir / checkpoint.CONFIG_FILE)
     config.update(arguments.config)
+    weights = None if resume else find_weights(arguments.load)
+    if weights:
+        config.adopt(checkpoint.carried_settings(weights[0]), source=weights[0])
     config.check()
     if "HOROVOD_SIZE" in os.environ and config.TRAINER != "horovod":
         raise ConfigError("horovodrun needs TRAINER=horovod: without it, every process would train for itself")

@@ -1,7 +1,11 @@
-"""ResNet bottleneck backbones (arXiv:1512.03385), padded so that features are aligned with pixels.
+"""Backbones: ResNet (arXiv:1512.03385) and ResNeXt (arXiv:1611.05431), padded so that features are aligned with pixels.
+
+A backbone is a function of an image that returns c2 to c5; `BACKBONES` has them by the names of BACKBONE.NAME.
 
 Shapes: N images, H and W of the padded image, C channels. Maps are NHWC, in the compute dtype.
 """
+
+from functools import partial
 
 import tensorflow as tf
 from tensorpack.compat import tfv1
@@ -9,59 +13,62 @@ from tensorpack.compat import tfv1
 from .layers import conv2d_norm, explicit_padding
 
 
-def resnet_stem(image, *, width, norm, freeze, tf_pad_mode):
+def resnet_stem(image, *, width, tf_pad_mode, **options):
     """7x7 convolution and max-pool: stride 4.
 
     Args:
         image: [N, H, W, 3], normalised
-        width: channels. freeze: as in `conv2d_norm`.
+        width: channels
         tf_pad_mode: put the larger share of the padding at the bottom and right, as TensorFlow does
+        options: `norm`, `epsilon` and `freeze` of `conv2d_norm`
     Returns:
         [N, floor(H / 4), floor(W / 4), width]
     """
     before, after = (2, 3) if tf_pad_mode else (3, 2)
     padding = explicit_padding(before, after)
-    x = conv2d_norm(
-        "conv0", image, width, 7, norm=norm, stride=2, padding=padding, activation=tf.nn.relu, freeze=freeze
-    )
+    x = conv2d_norm("conv0", image, width, 7, stride=2, padding=padding, activation=tf.nn.relu, **options)
     x = tf.pad(x, _pad_for_3x3_stride_2(tf_pad_mode))  # zeros do: nothing is below them after the ReLU
     return tf.nn.max_pool2d(x, 3, 2, "VALID")
 
 
-def resnet_stage(x, index, *, num_blocks, width, norm, freeze, tf_pad_mode, stride_1x1):
-    """Stage `index` (0..3, variables `group0`..`group3`): bottleneck blocks, the first of stride 2 except in stage 0.
+def bottleneck(x, width, stride, *, tf_pad_mode, stride_1x1, groups=1, group_width=64, **options):
+    """1x1, 3x3, 1x1 convolutions beside a shortcut: [N, H, W, C] -> [N, H', W', 4 * width].
 
     Args:
-        x: [N, H, W, C]. width: inner channels of the stage; the output has four times as many.
-        stride_1x1: put the stride on the first 1x1 convolution of a block rather than on the 3x3
-    Returns:
-        [N, H', W', 4 * width], H' = H or floor(H / 2)
+        width: of the stage. The 3x3 convolution has `groups` of `group_width` channels where `width` is 64, and
+            others in proportion.
+        stride_1x1: put the stride on the first 1x1 convolution rather than on the 3x3
     """
-    with tfv1.variable_scope(f"group{index}"):
-        for block in range(num_blocks):
-            stride = 2 if index > 0 and block == 0 else 1
-            with tfv1.variable_scope(f"block{block}"):
-                x = _bottleneck(
-                    x, width, stride, norm=norm, freeze=freeze, tf_pad_mode=tf_pad_mode, stride_1x1=stride_1x1
-                )
-    return x
-
-
-def _bottleneck(x, width, stride, *, norm, freeze, tf_pad_mode, stride_1x1):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut."""
-    options = dict(norm=norm, freeze=freeze)
-    shortcut = x
-    if x.shape[-1] != 4 * width:
-        shortcut = conv2d_norm("convshortcut", _every_second(x, stride), 4 * width, 1, **options)
-    stride_3x3, padding = stride, "SAME"
+    inner = groups * max(1, group_width * width // 64)
+    stride_3x3, padding, y = stride, "SAME", x
     if stride == 2 and stride_1x1:
-        x, stride_3x3 = _every_second(x, stride), 1
+        y, stride_3x3 = _every_second(x, stride), 1
     elif stride == 2:
         padding = _pad_for_3x3_stride_2(tf_pad_mode)
-    y = conv2d_norm("conv1", x, width, 1, activation=tf.nn.relu, **options)
-    y = conv2d_norm("conv2", y, width, 3, stride=stride_3x3, padding=padding, activation=tf.nn.relu, **options)
+    shortcut = _shortcut(x, 4 * width, stride, **options)
+    y = conv2d_norm("conv1", y, inner, 1, activation=tf.nn.relu, **options)
+    y = conv2d_norm(
+        "conv2", y, inner, 3, groups=groups, stride=stride_3x3, padding=padding, activation=tf.nn.relu, **options
+    )
     y = conv2d_norm("conv3", y, 4 * width, 1, gamma=0.0, **options)
     return tf.nn.relu(y + shortcut)
+
+
+def basic_block(x, width, stride, *, tf_pad_mode, stride_1x1, **options):
+    """Two 3x3 convolutions beside a shortcut: [N, H, W, C] -> [N, H', W', width]."""
+    del stride_1x1
+    padding = _pad_for_3x3_stride_2(tf_pad_mode) if stride == 2 else "SAME"
+    shortcut = _shortcut(x, width, stride, **options)
+    y = conv2d_norm("conv1", x, width, 3, stride=stride, padding=padding, activation=tf.nn.relu, **options)
+    y = conv2d_norm("conv2", y, width, 3, gamma=0.0, **options)
+    return tf.nn.relu(y + shortcut)
+
+
+def _shortcut(x, channels, stride, **options):
+    """`x` itself, or a 1x1 convolution of it where the number of channels changes."""
+    if x.shape[-1] == channels:
+        return x
+    return conv2d_norm("convshortcut", _every_second(x, stride), channels, 1, **options)
 
 
 def _pad_for_3x3_stride_2(tf_pad_mode):
@@ -73,17 +80,46 @@ def _every_second(x, stride):
     return x if stride == 1 else x[:, :-1:2, :-1:2]
 
 
-def resnet(image, *, num_blocks, width, norm, freeze_at, freeze_affine, tf_pad_mode, stride_1x1):
+# The blocks of BACKBONE.NAME. C4 runs the last stage of one on RoIs.
+BLOCKS = {
+    "resnet": bottleneck,  # ResNet-50, 101, 152
+    "resnet_basic": basic_block,  # ResNet-18, 34
+    "resnext_32x4d": partial(bottleneck, groups=32, group_width=4),  # ResNeXt-50
+    "resnext_32x8d": partial(bottleneck, groups=32, group_width=8),  # ResNeXt-101
+    "resnext_64x4d": partial(bottleneck, groups=64, group_width=4),
+}
+
+
+def resnet_stage(x, index, *, num_blocks, width, block=bottleneck, **options):
+    """Stage `index` (0..3, variables `group0`..`group3`): blocks, the first of stride 2 except in stage 0.
+
+    Args:
+        x: [N, H, W, C]. width: of the stage. block: one of BLOCKS.
+        options: of the block (`tf_pad_mode`, `stride_1x1`) and of `conv2d_norm` (`norm`, `epsilon`, `freeze`)
+    Returns:
+        [N, H', W', C'], H' = H or floor(H / 2), C' as the block says
+    """
+    with tfv1.variable_scope(f"group{index}"):
+        for i in range(num_blocks):
+            with tfv1.variable_scope(f"block{i}"):
+                x = block(x, width, 2 if index > 0 and i == 0 else 1, **options)
+    return x
+
+
+def resnet(image, *, num_blocks, width, freeze_at, freeze_affine, tf_pad_mode, stride_1x1, block=bottleneck, **options):
     """The stem and one stage per entry of `num_blocks`.
 
     Args:
-        image: [N, H, W, 3], normalised. width: channels of the stem (64 in ResNet-50).
+        image: [N, H, W, 3], normalised. width: channels of the stem (64 in the published models).
         freeze_at: 0 trains everything, 1 freezes the stem, 2 the first stage too, and so on
         freeze_affine: gives no gradient to any norm's gamma and beta
+        tf_pad_mode, stride_1x1: see `resnet_stem` and `bottleneck`
+        options: `norm` and `epsilon` of `conv2d_norm`
     Returns:
         list of [N, floor(H / stride), floor(W / stride), C], strides 4, 8, 16, 32
     """
-    x = resnet_stem(image, width=width, norm=norm, freeze=frozen(0, freeze_at, freeze_affine), tf_pad_mode=tf_pad_mode)
+    freeze = frozen(0, freeze_at, freeze_affine)
+    x = resnet_stem(image, width=width, freeze=freeze, tf_pad_mode=tf_pad_mode, **options)
     outputs = []
     for index, blocks in enumerate(num_blocks):
         x = resnet_stage(
@@ -91,10 +127,11 @@ def resnet(image, *, num_blocks, width, norm, freeze_at, freeze_affine, tf_pad_m
             index,
             num_blocks=blocks,
             width=width * 2**index,
-            norm=norm,
+            block=block,
             freeze=frozen(index + 1, freeze_at, freeze_affine),
             tf_pad_mode=tf_pad_mode,
             stride_1x1=stride_1x1,
+            **options,
         )
         outputs.append(x)
     return outputs
@@ -105,3 +142,7 @@ def frozen(part, freeze_at, freeze_affine):
     if part < freeze_at:
         return {"W", "affine"}
     return {"affine"} if freeze_affine else set()
+
+
+# BACKBONE.NAME -> function (image, options as those of `resnet`) -> [c2, c3, c4, c5]
+BACKBONES = {name: partial(resnet, block=block) for name, block in BLOCKS.items()}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from . import box_ops
-from .layers import HE_FAN_OUT, conv2d, fully_connected, group_norm, normal_initializer, shape_list
+from .layers import conv2d_of_head, fully_connected, normal_initializer, shape_list
 
 PROPOSAL_IDENTITY = 2**20  # random numbers of proposals start here, those of ground truths at 0
 
@@ -84,19 +84,17 @@ def image_index(boxes):
     return tf.repeat(tf.range(n), slots)
 
 
-def fastrcnn_2fc_head(x, *, conv_channels, fc_channels, norm):
+def fastrcnn_2fc_head(x, *, fc_channels, **unused):
     """Two fully connected layers: [R, 7, 7, D] -> [R, fc_channels]."""
-    del conv_channels, norm
+    del unused
     x = fully_connected("fc6", x, fc_channels, activation=tf.nn.relu)
     return fully_connected("fc7", x, fc_channels, activation=tf.nn.relu)
 
 
-def fastrcnn_4conv1fc_head(x, *, conv_channels, fc_channels, norm):
+def fastrcnn_4conv1fc_head(x, *, conv_channels, fc_channels, norm, norm_first=False):
     """Four 3x3 convolutions, optionally normalised, and one fully connected layer: [R, 7, 7, D] -> [R, fc_channels]."""
     for i in range(4):
-        x = conv2d(f"conv{i}", x, conv_channels, 3, initializer=HE_FAN_OUT, activation=tf.nn.relu)
-        if norm == "GN":
-            x = group_norm(f"gn{i}", x)
+        x = conv2d_of_head(f"conv{i}", f"gn{i}", x, conv_channels, norm=norm, norm_first=norm_first)
     return fully_connected("fc", x, fc_channels, activation=tf.nn.relu)
 
 

@@ -194,7 +194,7 @@ def extend_border(features):
     return tf.pad(tf.cast(features, tf.float32), [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")
 
 
-def roi_align(extended_features, boxes, image_index, *, resolution):
+def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=True):
     """RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3), 2x2 bilinear samples averaged in each cell, aligned to pixels.
 
     `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is moved so
@@ -203,14 +203,19 @@ def roi_align(extended_features, boxes, image_index, *, resolution):
     Args:
         extended_features: float32 [N, H + 2, W + 2, C] of `extend_border`
         boxes: float32 [R, 4] in pixels of the feature map. image_index: int32 [R].
+        half_pixel: False is torchvision's `aligned=False`, as in the first RoIAlign: pixel centres lie at + 0, and
+            RoIs narrower than a cell are widened to one
     Returns:
         float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
     """
+    offset = 0.5 if half_pixel else 0.0
     samples = 2 * resolution
     height, width = tf.unstack(tf.shape(extended_features)[1:3])
     x1, y1, x2, y2 = tf.unstack(tf.stop_gradient(boxes) + 1.0, axis=-1)
+    if not half_pixel:
+        x2, y2 = tf.maximum(x2, x1 + 1.0), tf.maximum(y2, y1 + 1.0)
     step_x, step_y = (x2 - x1) / samples, (y2 - y1) / samples
-    first_x, first_y = x1 + step_x * 0.5 - 0.5, y1 + step_y * 0.5 - 0.5
+    first_x, first_y = x1 + step_x * 0.5 - offset, y1 + step_y * 0.5 - offset
     last_x, last_y = first_x + step_x * (samples - 1), first_y + step_y * (samples - 1)
     scale_x, scale_y = (tf.cast(size - 1, tf.float32) for size in (width, height))
     normalised = tf.stack([first_y / scale_y, first_x / scale_x, last_y / scale_y, last_x / scale_x], axis=-1)
@@ -230,23 +235,24 @@ def _mean_2x2(x):
     return tf.nn.avg_pool2d(x, 2, 2, "VALID"), gradient
 
 
-def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution):
+def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution, half_pixel=True):
     """RoIAlign from the pyramid level that fits each RoI's size (FPN, arXiv:1612.03144 eq. 1).
 
     Args:
         extended_pyramid: list of `extend_border` maps. strides: pixels per cell of each. One level serves every RoI.
-        boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R].
+        boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R]. half_pixel: see `roi_align`.
     Returns:
         float32 [R, resolution, resolution, C]
     """
+    options = dict(resolution=resolution, half_pixel=half_pixel)
     if len(strides) == 1:
-        return roi_align(extended_pyramid[0], boxes / strides[0], image_index, resolution=resolution)
+        return roi_align(extended_pyramid[0], boxes / strides[0], image_index, **options)
     level = roi_level(boxes, num_levels=len(strides))
     rois, crops = [], []
     for i, (features, stride) in enumerate(zip(extended_pyramid, strides)):
         rois.append(tf.cast(tf.where(tf.equal(level, i))[:, 0], tf.int32))
         level_boxes = tf.gather(boxes, rois[-1]) / stride
-        crops.append(roi_align(features, level_boxes, tf.gather(image_index, rois[-1]), resolution=resolution))
+        crops.append(roi_align(features, level_boxes, tf.gather(image_index, rois[-1]), **options))
     return tf.dynamic_stitch(rois, crops)  # its gradient is a gather
 
 

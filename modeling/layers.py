@@ -43,14 +43,43 @@ def explicit_padding(before, after):
 
 def _convolve(x, kernel, bias, *, stride, padding, activation):
     """Convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
-    if not isinstance(
-        padding, str
-    ):  # oneDNN has no gradient with explicit padding, and Eigen's takes ten times as long
+    if not isinstance(padding, str):  # oneDNN has no gradient with it, and Eigen's takes ten times as long
         x, padding = tf.pad(x, padding), "VALID"
-    y = tf.nn.conv2d(x, tf.cast(kernel, x.dtype), strides=stride, padding=padding)
+    convolution = tf.nn.conv2d if kernel.shape[2] == x.shape[-1] else _grouped_conv2d
+    y = convolution(x, tf.cast(kernel, x.dtype), strides=stride, padding=padding)
     if bias is not None:
         y = tf.nn.bias_add(y, tf.cast(bias, x.dtype))
     return activation(y) if activation else y
+
+
+def _grouped_conv2d(x, kernel, *, strides, padding):
+    """Convolution in groups of channels (ResNeXt); with a gradient on CPUs, too, where TensorFlow has none.
+
+    There the gradient is that of the ordinary convolution with a block-diagonal kernel: more arithmetic than needed.
+
+    Args:
+        x: [N, H, W, C]. kernel: [K, K, I, channels], for C / I groups.
+    """
+    if tf.config.list_physical_devices("GPU"):
+        return tf.nn.conv2d(x, kernel, strides, padding)
+
+    @tf.custom_gradient
+    def convolve(x, kernel):
+        def gradient(dy):
+            dense = tf.nn.conv2d(x, _block_diagonal(kernel, x.shape[-1] // kernel.shape[2]), strides, padding)
+            return tf.gradients(dense, [x, kernel], dy)
+
+        return tf.nn.conv2d(x, kernel, strides, padding), gradient
+
+    return convolve(x, kernel)
+
+
+def _block_diagonal(kernel, groups):
+    """An ordinary convolution's kernel that does what one in groups does: [K, K, I, D] -> [K, K, groups * I, D]."""
+    height, width, inputs, channels = kernel.shape
+    of_group = tf.reshape(kernel, [height, width, 1, inputs, groups, channels // groups])
+    blocks = of_group * tf.eye(groups, dtype=kernel.dtype)[:, None, :, None]
+    return tf.reshape(blocks, [height, width, groups * inputs, channels])
 
 
 @layer_register(use_scope=True)
@@ -68,30 +97,44 @@ def conv2d(x, channels, kernel_size, *, initializer, activation=None):
 
 
 @layer_register(use_scope=True)
-def conv2d_norm(x, channels, kernel_size, *, norm, stride=1, padding="SAME", activation=None, gamma=1.0, freeze=()):
+def conv2d_norm(
+    x,
+    channels,
+    kernel_size,
+    *,
+    norm,
+    epsilon=NORM_EPSILON,
+    groups=1,
+    stride=1,
+    padding="SAME",
+    activation=None,
+    gamma=1.0,
+    freeze=(),
+):
     """Convolution without bias, normalised: a backbone's layer.
 
     Frozen batch norm is folded into the kernel and a bias, in training too, so that convolution, bias and activation
     stay one fused kernel forward and no batch-norm gradient is left backward; gamma and beta receive the same gradient.
 
     Args:
-        x: [N, H, W, C]. norm: "FreezeBN", "SyncBN", "GN" or "None". gamma: initial value of the norm's scale.
+        x: [N, H, W, C]. norm: "FreezeBN", "SyncBN", "GN" or "None". epsilon: added to a variance.
+        groups: of channels, each convolved with its own. gamma: initial value of the norm's scale.
         freeze: which variables get no gradient and, with SyncBN, keep their statistics: a set of "W" and "affine".
     Returns:
         [N, H', W', channels], dtype of `x`
     """
-    shape = [kernel_size, kernel_size, x.shape[-1], channels]
+    shape = [kernel_size, kernel_size, x.shape[-1] // groups, channels]
     kernel = tfv1.get_variable("W", shape, initializer=HE_FAN_OUT, trainable="W" not in freeze)
     bias = None
     if norm == "FreezeBN" or (norm == "SyncBN" and "W" in freeze):
         with tfv1.variable_scope("bn"):
-            scale, bias = _frozen_batch_norm(channels, gamma=gamma, trainable="affine" not in freeze)
+            scale, bias = _frozen_batch_norm(channels, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze)
         kernel = kernel * scale
         norm = "None"
     if norm == "None":
         return _convolve(x, kernel, bias, stride=stride, padding=padding, activation=activation)
     y = _convolve(x, kernel, None, stride=stride, padding=padding, activation=None)
-    y = NORMS[norm](NORM_SCOPES[norm], y, gamma=gamma, trainable="affine" not in freeze)
+    y = NORMS[norm](NORM_SCOPES[norm], y, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze)
     return activation(y) if activation else y
 
 
@@ -109,16 +152,16 @@ def _batch_statistics(channels):
     return mean, variance
 
 
-def _frozen_batch_norm(channels, *, gamma, trainable):
+def _frozen_batch_norm(channels, *, epsilon, gamma, trainable):
     """Batch norm with stored statistics as (scale, bias), float32 [channels]: y = x * scale + bias."""
     gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
     mean, variance = _batch_statistics(channels)
-    scale = gamma * tf.math.rsqrt(variance + NORM_EPSILON)
+    scale = gamma * tf.math.rsqrt(variance + epsilon)
     return scale, beta - mean * scale
 
 
 @layer_register(use_scope=True)
-def group_norm(x, *, gamma=1.0, trainable=True):
+def group_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
     """Group Normalization (Wu and He 2018, eq. 1 and 7) with 32 groups of adjacent channels.
 
     Layers of fewer than 64 channels, which no published model has, get groups of two channels.
@@ -135,14 +178,14 @@ def group_norm(x, *, gamma=1.0, trainable=True):
     grouped = tf.reshape(tf.cast(x, tf.float32), [n, height * width, groups, channels // groups])
     mean, variance = tf.nn.moments(grouped, [1, 3], keepdims=True)
     per_channel = [n, 1, groups, channels // groups]
-    scale = tf.reshape(gamma, [1, 1, groups, -1]) * tf.math.rsqrt(variance + NORM_EPSILON)
+    scale = tf.reshape(gamma, [1, 1, groups, -1]) * tf.math.rsqrt(variance + epsilon)
     shift = tf.reshape(beta, [1, 1, groups, -1]) - mean * scale
     scale, shift = (tf.reshape(tf.broadcast_to(v, per_channel), [n, 1, 1, channels]) for v in (scale, shift))
     return x * tf.cast(scale, x.dtype) + tf.cast(shift, x.dtype)
 
 
 @layer_register(use_scope=True)
-def batch_norm(x, *, gamma=1.0, trainable=True):
+def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
     """Batch normalisation with the statistics of this step (training only), which it also averages for inference.
 
     The statistics are those of all replicas' batches together, whatever their sizes. The biased variance goes into the
@@ -161,7 +204,7 @@ def batch_norm(x, *, gamma=1.0, trainable=True):
         update = tfv1.assign_sub(average, (1 - EMA_DECAY) * (average - moment))
         tfv1.add_to_collection(tfv1.GraphKeys.UPDATE_OPS, update)
     mean, variance = moments
-    scale = gamma * tf.math.rsqrt(variance + NORM_EPSILON)
+    scale = gamma * tf.math.rsqrt(variance + epsilon)
     return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
 
 
@@ -226,6 +269,20 @@ def _sum_over_towers(x, towers):
         return reduce(x, scope), lambda gradient: reduce(gradient, f"{scope}/gradient")
 
     return summed(x)
+
+
+def conv2d_of_head(name, norm_name, x, channels, *, norm, norm_first=False):
+    """A 3x3 convolution with ReLU of a box or mask head, [R, H, W, C] -> [R, H, W, channels].
+
+    Args:
+        name, norm_name: variable scopes. norm: "None" or "GN", which comes after the ReLU, as in the published models,
+            or before it.
+    """
+    relu_last = norm == "GN" and norm_first
+    x = conv2d(name, x, channels, 3, initializer=HE_FAN_OUT, activation=None if relu_last else tf.nn.relu)
+    if norm == "GN":
+        x = group_norm(norm_name, x)
+    return tf.nn.relu(x) if relu_last else x
 
 
 NORMS = {"GN": group_norm, "SyncBN": batch_norm}

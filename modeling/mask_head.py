@@ -7,26 +7,24 @@ of the padded image.
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
-from .layers import HE_FAN_OUT, conv2d, deconv2x2, group_norm, normal_initializer, shape_list
+from .layers import HE_FAN_OUT, conv2d, conv2d_of_head, deconv2x2, normal_initializer, shape_list
 
 # FPN.MRCNN_HEAD_FUNC -> norm of its convolutions
 HEADS = {"maskrcnn_up4conv_head": "None", "maskrcnn_up4conv_gn_head": "GN"}
 
 
-def mask_head(features, *, num_convs, channels, num_classes, norm):
+def mask_head(features, *, num_convs, channels, num_classes, norm, norm_first=False):
     """Convolutions, upsampling by two, and one mask per class.
 
     Args:
-        features: [F, M / 2, M / 2, D]. num_convs: 4 in FPN, 0 in C4. norm: "None" or "GN".
+        features: [F, M / 2, M / 2, D]. num_convs: 4 in FPN, 0 in C4. norm, norm_first: see `conv2d_of_head`.
     Returns:
         logits float32 [F, M, M, C]
     """
     x = features
     with tfv1.variable_scope("maskrcnn", reuse=tfv1.AUTO_REUSE):
         for i in range(num_convs):
-            x = conv2d(f"fcn{i}", x, channels, 3, initializer=HE_FAN_OUT, activation=tf.nn.relu)
-            if norm == "GN":
-                x = group_norm(f"gn{i}", x)
+            x = conv2d_of_head(f"fcn{i}", f"gn{i}", x, channels, norm=norm, norm_first=norm_first)
         x = deconv2x2("deconv", x, channels, initializer=HE_FAN_OUT, activation=tf.nn.relu)
         logits = conv2d("conv", x, num_classes, 1, initializer=normal_initializer(0.001))
     return tf.cast(logits, tf.float32)

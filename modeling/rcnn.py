@@ -23,7 +23,7 @@ import boxes as np_boxes
 from config import config
 
 from . import box_head, box_ops, cascade, mask_head, rpn
-from .backbone import frozen, resnet, resnet_stage
+from .backbone import BACKBONES, BLOCKS, frozen, resnet_stage
 from .fpn import fpn
 from .layers import shape_list
 
@@ -191,6 +191,39 @@ def build_inference(image, image_shape):
     return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
 
 
+# ---------------------------------------------------------------------------------------------------- conventions
+
+
+class _Conventions(NamedTuple):
+    """In what detectors of one architecture differ and their settings don't say: weights expect what they learned with.
+
+    Also different, and without effect that could be measured: the epsilon in the rule that assigns RoIs to levels.
+    """
+
+    half_pixel: bool  # see `box_ops.roi_align`
+    rounded_anchors: bool  # to whole pixels
+    fitted_anchors: bool  # lie as many whole pixels apart as cells of the padded image fit in, not the level's stride
+    largest_box: float | None  # from the smallest anchor to this many pixels a box may grow; None: to the largest image
+    norm_first: bool  # in box and mask heads: GroupNorm, then ReLU
+
+
+CONVENTIONS = {
+    "tensorpack": _Conventions(
+        half_pixel=True, rounded_anchors=False, fitted_anchors=False, largest_box=None, norm_first=False
+    ),
+    "torchvision": _Conventions(
+        half_pixel=False, rounded_anchors=True, fitted_anchors=True, largest_box=1000, norm_first=True
+    ),
+    "detectron2": _Conventions(
+        half_pixel=True, rounded_anchors=False, fitted_anchors=False, largest_box=1000, norm_first=True
+    ),
+}
+
+
+def _conventions():
+    return CONVENTIONS[config.CONVENTIONS]
+
+
 # ---------------------------------------------------------------------------------------------------- features
 
 
@@ -199,6 +232,7 @@ def _backbone_options(training):
     norm = config.BACKBONE.NORM
     return {
         "norm": "FreezeBN" if norm == "SyncBN" and not training else norm,
+        "epsilon": config.BACKBONE.NORM_EPSILON,
         "tf_pad_mode": config.BACKBONE.TF_PAD_MODE,
         "stride_1x1": config.BACKBONE.STRIDE_1X1,
     }
@@ -220,7 +254,7 @@ def _compute_dtype(training):
 def _features(image, image_shape, *, training):
     """Maps for the proposals, [N, H / stride, W / stride, C] in the compute dtype, and their strides in pixels."""
     num_blocks = config.BACKBONE.RESNET_NUM_BLOCKS
-    features = resnet(
+    features = BACKBONES[config.BACKBONE.NAME](
         tf.cast(_normalise(image, image_shape), _compute_dtype(training)),
         num_blocks=num_blocks if config.MODE_FPN else num_blocks[:3],
         width=config.BACKBONE.WIDTH,
@@ -245,7 +279,14 @@ class _RoIFeatures:
         self._training = training
 
     def _align(self, boxes, image_index, resolution):
-        aligned = box_ops.multilevel_roi_align(self._pyramid, self._strides, boxes, image_index, resolution=resolution)
+        aligned = box_ops.multilevel_roi_align(
+            self._pyramid,
+            self._strides,
+            boxes,
+            image_index,
+            resolution=resolution,
+            half_pixel=_conventions().half_pixel,
+        )
         return tf.cast(aligned, self._dtype)
 
     def _c4_stage(self, boxes, image_index):
@@ -255,6 +296,7 @@ class _RoIFeatures:
             return resnet_stage(
                 x,
                 3,
+                block=BLOCKS[config.BACKBONE.NAME],
                 num_blocks=config.BACKBONE.RESNET_NUM_BLOCKS[3],
                 width=config.BACKBONE.WIDTH * 8,
                 freeze=frozen(4, config.BACKBONE.FREEZE_AT, config.BACKBONE.FREEZE_AFFINE),
@@ -287,16 +329,25 @@ def _rpn(features, strides, image_shape):
     sizes, ratios = config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS
     size_of_level = [[size] for size in sizes] if config.MODE_FPN else [sizes]
     base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
+    if _conventions().rounded_anchors:
+        base_anchors = [np.round(anchors) for anchors in base_anchors]
     logits, deltas = rpn.rpn_head(
         features,
         channels=config.FPN.NUM_CHANNEL if config.MODE_FPN else config.RPN.HEAD_DIM,
         num_anchors=len(base_anchors[0]),
     )
+    distances = _fitted_distances(features, strides) if _conventions().fitted_anchors else strides
     anchors = [
-        rpn.level_anchors(x, _valid_cells(image_shape, stride), stride=stride, base_anchors=base, level=level)
-        for level, (x, stride, base) in enumerate(zip(features, strides, base_anchors))
+        rpn.level_anchors(x, _valid_cells(image_shape, stride), stride=distance, base_anchors=base, level=level)
+        for level, (x, stride, distance, base) in enumerate(zip(features, strides, distances, base_anchors))
     ]
     return logits, deltas, anchors
+
+
+def _fitted_distances(features, strides):
+    """The distances of anchors that `fitted_anchors` speaks of: a list of int32 [4], x y x y."""
+    size = tf.shape(features[0])[1:3] * strides[0]
+    return [tf.tile(tf.reverse(size // tf.shape(x)[1:3], [0]), [2]) for x in features]
 
 
 def _valid_cells(image_shape, stride):
@@ -335,10 +386,10 @@ def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sampl
 
 def _max_log_size():
     """The limit of a box's growth: from the smallest anchor's scale, 16 pixels, to the largest image."""
-    max_size = config.PREPROC.MAX_SIZE
-    if config.MODE_FPN:
-        max_size = math.ceil(max_size / FPN_STRIDE) * FPN_STRIDE
-    return math.log(max_size / 16.0)
+    largest = _conventions().largest_box or config.PREPROC.MAX_SIZE
+    if config.MODE_FPN and not _conventions().largest_box:
+        largest = math.ceil(largest / FPN_STRIDE) * FPN_STRIDE
+    return math.log(largest / 16.0)
 
 
 def _propose(logits, deltas, anchors, image_shape, *, training):
@@ -374,7 +425,11 @@ def _head_outputs(x, scope, *, class_agnostic):
         head, norm = box_head.HEADS[config.FPN.FRCNN_HEAD_FUNC]
         with tfv1.variable_scope("head") if config.FPN.CASCADE else tf.name_scope("head"):
             x = head(
-                x, conv_channels=config.FPN.FRCNN_CONV_HEAD_DIM, fc_channels=config.FPN.FRCNN_FC_HEAD_DIM, norm=norm
+                x,
+                conv_channels=config.FPN.FRCNN_CONV_HEAD_DIM,
+                fc_channels=config.FPN.FRCNN_FC_HEAD_DIM,
+                norm=norm,
+                norm_first=_conventions().norm_first,
             )
         with tfv1.variable_scope("outputs"):
             return box_head.box_outputs(x, **outputs)
@@ -458,6 +513,7 @@ def _mask_logits(features):
         channels=config.MRCNN.HEAD_DIM,
         num_classes=config.DATA.NUM_CATEGORY,
         norm=norm,
+        norm_first=_conventions().norm_first,
     )
 
 

@@ -63,7 +63,8 @@ def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
     Args:
         feature_map: [N, H, W, C], for its size
         valid_cells: int32 [N, 2], rows and columns of each image that are not the batch's padding
-        stride: pixels per cell. base_anchors: float32 [K, 4] NumPy, centred on (0, 0). level: its index.
+        stride: pixels per cell, an integer or int32 [4] for x y x y. base_anchors: float32 [K, 4] NumPy, centred on
+            (0, 0). level: its index.
     """
     _, height, width, _ = shape_list(feature_map)
     kinds = len(base_anchors)

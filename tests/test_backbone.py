@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 from helpers import convolve, evaluate, group_norm, relu, variables
 
-from modeling import backbone, fpn
+from config import CHOICES
+from modeling import backbone, fpn, layers
 
 tfv1 = tf.compat.v1
 
@@ -15,17 +16,20 @@ tfv1 = tf.compat.v1
 class SlowResNet:
     """A ResNet of bottleneck blocks with frozen batch norm; `tf_pad_mode` swaps the sides of the padding."""
 
-    def __init__(self, values, *, tf_pad_mode, stride_1x1):
+    def __init__(self, values, *, tf_pad_mode, stride_1x1, epsilon=1e-5):
         self._values = values
+        self._epsilon = epsilon
         self._stride_1x1 = stride_1x1
         self._stem_padding = dict(before=2, after=3) if tf_pad_mode else dict(before=3, after=2)
         self._padding = dict(before=0, after=1) if tf_pad_mode else dict(before=1, after=0)
 
     def layer(self, name, x, **options):
         """Convolution and batch norm."""
+        return self.norm(name, convolve(x, self._values[f"{name}/W"], **options))
+
+    def norm(self, name, y):
         norm = {key: self._values[f"{name}/bn/{key}"] for key in ("mean/EMA", "variance/EMA", "gamma", "beta")}
-        y = convolve(x, self._values[f"{name}/W"], **options)
-        return (y - norm["mean/EMA"]) / np.sqrt(norm["variance/EMA"] + 1e-5) * norm["gamma"] + norm["beta"]
+        return (y - norm["mean/EMA"]) / np.sqrt(norm["variance/EMA"] + self._epsilon) * norm["gamma"] + norm["beta"]
 
     def stem(self, image):
         x = relu(self.layer("conv0", image, stride=2, **self._stem_padding))
@@ -34,13 +38,33 @@ class SlowResNet:
         windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2]
         return windows.max(axis=(4, 5))
 
+    def grouped_layer(self, name, x, **options):
+        """Each group of channels by itself; the kernel's size says how many there are."""
+        inputs, outputs = self._values[f"{name}/W"].shape[2:]
+        groups = x.shape[-1] // inputs
+        y = []
+        for group in range(groups):
+            kernel = self._values[f"{name}/W"][..., group * outputs // groups : (group + 1) * outputs // groups]
+            y.append(convolve(x[..., group * inputs : (group + 1) * inputs], kernel, **options))
+        return self.norm(name, np.concatenate(y, axis=-1))
+
+    def basic_block(self, name, x, stride):
+        padding = self._padding if stride == 2 else dict(before=1, after=1)
+        y = relu(self.layer(f"{name}/conv1", x, stride=stride, **padding))
+        y = self.layer(f"{name}/conv2", y, before=1, after=1)
+        if f"{name}/convshortcut/W" in self._values:
+            x = self.layer(f"{name}/convshortcut", x[:, :-1, :-1] if stride == 2 else x, stride=stride)
+        return relu(x + y)
+
     def block(self, name, x, stride):
         """The strided 1x1 convolutions see a map without its last row and column."""
+        if f"{name}/conv3/W" not in self._values:
+            return self.basic_block(name, x, stride)
         shorter = x[:, :-1, :-1] if stride == 2 else x
         strides = (stride, 1) if self._stride_1x1 else (1, stride)
         y = relu(self.layer(f"{name}/conv1", shorter if strides[0] == 2 else x, stride=strides[0]))
         padding = self._padding if strides[1] == 2 else dict(before=1, after=1)
-        y = relu(self.layer(f"{name}/conv2", y, stride=strides[1], **padding))
+        y = relu(self.grouped_layer(f"{name}/conv2", y, stride=strides[1], **padding))
         y = self.layer(f"{name}/conv3", y)
         if f"{name}/convshortcut/W" in self._values:
             x = self.layer(f"{name}/convshortcut", shorter, stride=stride)
@@ -75,6 +99,77 @@ def test_resnet_equals_the_definition(height, width, tf_pad_mode, stride_1x1):
         assert output.shape == (2, height // stride, width // stride, 2 * stride)
         assert np.mean(expected > 0) > 0.1
         np.testing.assert_allclose(output, expected, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("name", backbone.BACKBONES)
+def test_every_backbone_equals_the_definition(name):
+    """Narrow ones: where the groups of a stage would have less than a channel each, they have one."""
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(1, 64, 32, 3)).astype(np.float32)
+    options = {**OPTIONS, "width": 8, "epsilon": 1e-2}
+    outputs, values = evaluate(
+        lambda x: (backbone.BACKBONES[name](x, num_blocks=(1, 2, 1, 1), **options), variables()),
+        image,
+        random_variables=rng,
+    )
+    expected = SlowResNet(values, tf_pad_mode=False, stride_1x1=False, epsilon=1e-2)(image, (1, 2, 1, 1))
+    assert len(outputs) == 4
+    for output, x in zip(outputs, expected):
+        assert output.shape == x.shape
+        assert np.mean(x > 0) > 0.05
+        np.testing.assert_allclose(output, x, atol=1e-4 * x.max())
+
+
+def test_the_configuration_names_the_backbones():
+    assert CHOICES["BACKBONE.NAME"] == tuple(backbone.BACKBONES)
+
+
+def num_parameters(name, num_blocks):
+    with tf.Graph().as_default():
+        image = tfv1.placeholder(tf.float32, [None, None, None, 3])
+        backbone.BACKBONES[name](image, num_blocks=num_blocks, **{**OPTIONS, "width": 64})
+        return sum(v.shape.num_elements() for v in tfv1.trainable_variables())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks", "millions", "features"),
+    [
+        ("resnet_basic", (2, 2, 2, 2), 11.69, 512),
+        ("resnet_basic", (3, 4, 6, 3), 21.80, 512),
+        ("resnet", (3, 4, 6, 3), 25.56, 2048),
+        ("resnext_32x4d", (3, 4, 6, 3), 25.03, 2048),
+        ("resnext_32x8d", (3, 4, 23, 3), 88.79, 2048),
+        ("resnext_64x4d", (3, 4, 23, 3), 83.46, 2048),
+    ],
+)
+def test_published_backbones_have_the_published_size(name, num_blocks, millions, features):
+    """Of the whole classification network, as torchvision's documentation states it."""
+    with_classifier = num_parameters(name, num_blocks) + (features + 1) * 1000
+    assert round(with_classifier / 1e6, 2) == pytest.approx(millions, abs=0.011)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradient_of_a_convolution_in_groups(stride):
+    """Against the gradients of one ordinary convolution for each group."""
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(2, 9, 8, 12)), rng.normal(size=(3, 3, 4, 6))
+    padding = layers.explicit_padding(1, 1)
+
+    def gradients(convolution):
+        def run(x):
+            weights = tf.constant(kernel, tf.float32)
+            y = convolution(x, weights)
+            return [y, *tf.gradients(tf.reduce_sum(tf.sin(y)), [x, weights])]
+
+        return evaluate(run, x)
+
+    def group_by_group(x, kernel):
+        pairs = zip(tf.split(x, 3, axis=3), tf.split(kernel, 3, axis=3))
+        return tf.concat([tf.nn.conv2d(part, k, stride, padding) for part, k in pairs], axis=3)
+
+    found = gradients(lambda x, kernel: layers._grouped_conv2d(x, kernel, strides=stride, padding=padding))
+    for one, other in zip(found, gradients(group_by_group)):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_the_last_stage_halves_the_features_of_rois():

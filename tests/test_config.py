@@ -103,6 +103,9 @@ def test_defaults_are_the_references():
     assert {key: as_json(ours[key]) for key in reference} == reference
     assert {key: type(as_json(ours[key])) for key in reference} == {key: type(x) for key, x in reference.items()}
     assert {key: ours[key] for key in set(ours) - set(reference)} == {
+        "CONVENTIONS": "tensorpack",
+        "BACKBONE.NAME": "resnet",
+        "BACKBONE.NORM_EPSILON": 1e-5,
         "BACKBONE.WIDTH": 64,
         "TRAIN.BATCH_SIZE_PER_GPU": 1,
         "TRAIN.PRECISION": "float32",

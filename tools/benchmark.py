@@ -35,9 +35,7 @@ PARTS = ("data", "training", "inference", "post")
 SIDES = ("this", "torchvision")
 COMPARED = ("training", "inference")  # parts that torchvision has, too
 CLASSES = 80
-OBJECTS = 12  # per image, in training
-FOREGROUND_IOU = 0.05  # low, so that proposals of random weights suffice for all the foreground that a recipe samples
-CANDIDATES = 1000  # (RoI, class) pairs that compete to be detections
+OBJECTS = 20  # per image, in training
 MEBIBYTE = 2**20
 OP_EVENT = re.compile(r"[\w/.]+:\w+")  # how the profiler names the run of an op: name:kind
 
@@ -52,6 +50,8 @@ class Case(NamedTuple):
     size: tuple  # height, width in pixels
     overrides: tuple  # KEY=VALUE
     profile: bool  # whether to tell what kinds of ops take the time
+    foreground_iou: float = 0.05  # low, so that random proposals suffice for all the foreground that a recipe samples
+    candidates: int = 1000  # (RoI, class) pairs per image that compete to be detections
 
 
 def synthetic_batch(case):
@@ -62,7 +62,7 @@ def synthetic_batch(case):
     """
     rng = np.random.default_rng(0)
     height, width = case.size
-    sizes = rng.uniform(0.15, 0.6, (case.batch, OBJECTS, 2)) * (width, height)
+    sizes = rng.uniform(0.05, 0.4, (case.batch, OBJECTS, 2)) * (width, height)
     corners = rng.uniform(0, 1, sizes.shape) * ((width, height) - sizes)
     boxes_xyxy = np.concatenate([corners, corners + sizes], axis=-1).astype(np.float32)
     masks = np.zeros((case.batch, OBJECTS, height, width), bool)
@@ -83,7 +83,7 @@ def synthetic_batch(case):
 def configure(case):
     """The configuration of a case: R50-FPN with the thresholds for random weights, then what was asked for."""
     height, width = case.size
-    config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={FOREGROUND_IOU}", "TEST.RESULT_SCORE_THRESH=0.0"])
+    config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={case.foreground_iou}", "TEST.RESULT_SCORE_THRESH=0.0"])
     config.update([f"PREPROC.TEST_SHORT_EDGE_SIZE={min(case.size)}", f"PREPROC.MAX_SIZE={max(height, width, 1333)}"])
     config.update([f"{phase}.PRECISION={case.precision}" for phase in ("TRAIN", "TEST")])
     config.update([f"{phase}.BATCH_SIZE_PER_GPU={case.batch}" for phase in ("TRAIN", "TEST")])
@@ -141,7 +141,7 @@ def prepare_inference(case):
     images = list(synthetic_batch(case)["image"])
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "random.npz")
-        config.TEST.RESULT_SCORE_THRESH = save_random_weights(weights, images)
+        config.TEST.RESULT_SCORE_THRESH = save_random_weights(weights, images, case.candidates)
         config.freeze()
         predict = evaluation.load_predictor(weights)
     found = evaluation.predict_images(predict, images)
@@ -149,8 +149,8 @@ def prepare_inference(case):
     return (lambda: evaluation.predict_images(predict, images)), work
 
 
-def save_random_weights(path, images):
-    """Write random weights, and find the score that CANDIDATES per image lie above with them."""
+def save_random_weights(path, images, candidates):
+    """Write random weights, and find the score that so many candidates of an image lie above with them."""
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
@@ -171,7 +171,7 @@ def save_random_weights(path, images):
         softmax = [op.outputs[0] for op in graph.get_operations() if op.type == "Softmax"]
         feed = {"inference/image:0": image, "inference/image_shape:0": image_shape}
         scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
-    return float(np.sort(scores, axis=None)[-CANDIDATES])
+    return float(np.sort(scores, axis=None)[-candidates])
 
 
 def prepare_data(case):

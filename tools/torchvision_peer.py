@@ -35,15 +35,13 @@ def counter(work, name, count):
 
 def prepare_inference(case, batch):
     """From images to detections with masks pasted into them."""
-    from tools.benchmark import CANDIDATES
-
     model = make_model(case).eval()
     images, work = as_tensors(batch["image"]), {}
     heads = model.roi_heads
 
     def threshold(inputs, output):
         scores = output[0].float().softmax(dim=1)[:, 1:].flatten()
-        return float(scores.sort().values[-CANDIDATES * case.batch])
+        return float(scores.sort().values[-case.candidates * case.batch])
 
     def run():
         with torch.inference_mode(), autocast(case):
@@ -60,9 +58,7 @@ def prepare_inference(case, batch):
 
 def prepare_training(case, batch):
     """A step on the same batch again and again: losses, gradients and the update."""
-    from tools.benchmark import FOREGROUND_IOU
-
-    model = make_model(case, box_fg_iou_thresh=FOREGROUND_IOU, box_bg_iou_thresh=FOREGROUND_IOU).train()
+    model = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou).train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     images = as_tensors(batch["image"])

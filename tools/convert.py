@@ -1,0 +1,166 @@
+"""Convert weights of other systems to this project's `.npz`, and back to torchvision's.
+
+    python -m tools.convert resnet50-0676ba61.pth ImageNet-R50.npz        torchvision, Detectron2 or Keras to ours
+    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to a state dict of torchvision's
+
+The content of a file says what it is. The `.npz` carries the settings that the weights need; train.py and predict.py
+apply them. No PyTorch, Detectron2 or Keras is needed, and nothing that a file says is run.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import re
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+import checkpoint
+from config import Config, UserError, as_overrides
+from zoo import detectron2, files, keras, mapping, torchvision
+
+SYSTEMS = (torchvision, detectron2, keras)
+# Settings that the shapes of our variables tell: key, pattern of the name, axis.
+SIZES = (
+    ("BACKBONE.WIDTH", r"conv0/W", 3),
+    ("FPN.NUM_CHANNEL", r"fpn/lateral_1x1_c2/W", 3),
+    ("FPN.FRCNN_FC_HEAD_DIM", r"(fastrcnn|cascade_rcnn_stage1/head)/(fc6|fc)/W", 1),
+    ("FPN.FRCNN_CONV_HEAD_DIM", r"(fastrcnn|cascade_rcnn_stage1/head)/conv0/W", 3),
+    ("MRCNN.HEAD_DIM", r"maskrcnn/deconv/W", 2),
+)
+
+
+def parse_arguments(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help=".pth, .pkl, .h5 or .keras; with --to our checkpoint")
+    parser.add_argument("output", type=Path, help="new file")
+    parser.add_argument(
+        "--allow-leftover", action="store_true", help="convert though the file holds more than it should"
+    )
+    parser.add_argument("--to", choices=["torchvision"], help="write a state dict of this system")
+    parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO has")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to carry, where the file can't tell"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments):
+    if arguments.output.exists():
+        raise UserError(f"{arguments.output} exists already: name another file, or move it away")
+    if arguments.to:
+        export_weights(arguments)
+    else:
+        import_weights(arguments)
+
+
+def export_weights(arguments):
+    """Ours to torchvision's."""
+    path = checkpoint.resolve(arguments.source)
+    values, settings = checkpoint.read(path), Config()
+    if config_file := checkpoint.find_config(path):
+        settings.load(config_file)
+    settings.adopt(checkpoint.carried_settings(path), source=path)
+    settings.update(arguments.set)
+    model = torchvision.counterpart(values, settings)
+    arrays = mapping.to_theirs(model, values)
+    print(f"{path}: {model.name}")
+    print_table(arrays, model, values)
+    _write(arguments.output, lambda file: files.write_torch(file, arrays))
+    print(f"{arguments.output}: {len(arrays)} arrays, SHA-256 {_sha256(arguments.output)}")
+
+
+def print_table(arrays, model, values):
+    """What maps to what, and what else there is to say."""
+    rows = [(p.theirs, list(arrays[p.theirs].shape), p.ours, list(values[p.ours].shape)) for p in model.pairs]
+    rows += [("(none)", "", name, list(value.shape)) for name, value in model.added.items()]
+    print(tabulate(rows, headers=("theirs", "shape", "ours", "shape")))
+    for note in model.notes:
+        print(f"Note: {note}")
+
+
+def import_weights(arguments):
+    """Theirs to ours."""
+    if arguments.output.suffix != ".npz":
+        raise UserError(f"{arguments.output}: the result is a .npz")
+    arrays = _without_wrapping(files.read(arguments.source))
+    sha256 = _sha256(arguments.source)
+    model = recognise(arrays, source=arguments.source, sha256=sha256, all_slots=arguments.all_slots)
+    values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
+    settings = _with_overrides({**model.settings, **_sizes(values)}, arguments.set)
+    print(f"{arguments.source}: {model.name}, SHA-256 {sha256}")
+    print_table(arrays, model, values)
+    print(f"Left over: {', '.join(leftover) or 'nothing'}; no weights, or folded: {len(model.ignored)}")
+    _write(arguments.output, lambda file: checkpoint.write_npz(file, values, settings))
+    print(f"{arguments.output}: {len(values)} variables, SHA-256 {_sha256(arguments.output)}")
+    print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
+
+
+def recognise(arrays, *, source, **options):
+    """The Model of the first system that knows the names."""
+    for system in SYSTEMS:
+        try:
+            model = system.recognise(arrays, **options)
+        except (ValueError, IndexError, TypeError) as error:  # what comes of unpacking shapes that no model has
+            raise mapping.MappingError(f"{source} has names of a known model, but other shapes: {error}") from error
+        if model:
+            return model
+    raise mapping.MappingError(f"{source} is no model that is known here; it holds {', '.join(list(arrays)[:3])} ...")
+
+
+def _without_wrapping(arrays):
+    """The arrays of the model alone, where a training checkpoint wraps it: "model/conv1.weight" and optimizer state."""
+    for folder in ("model/", "state_dict/", "blobs/"):
+        inner = {name.removeprefix(folder): x for name, x in arrays.items() if name.startswith(folder)}
+        if inner:
+            return inner
+    return arrays
+
+
+def _sizes(values):
+    """The settings of SIZES that are not the defaults."""
+    found = {
+        key: x.shape[axis] for key, pattern, axis in SIZES for name, x in values.items() if re.fullmatch(pattern, name)
+    }
+    if "FPN.NUM_CHANNEL" not in found and "rpn/conv0/W" in values:
+        found["RPN.HEAD_DIM"] = values["rpn/conv0/W"].shape[3]
+    return {key: size for key, size in found.items() if size != Config().value(key)}
+
+
+def _with_overrides(settings, overrides):
+    """The settings, all of them checked, with what --set says."""
+    checked = Config()
+    checked.adopt(settings, source="the converter")
+    checked.update(overrides)
+    given = {text.partition("=")[0].strip() for text in overrides}
+    return {key: checked.value(key) for key in [*settings, *sorted(given - set(settings))]}
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path, write):
+    """Write a new file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} can't be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments())
+    except UserError as error:
+        print(f"tools.convert: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,20 @@
+"""COCO's classes, for the detectors that others have trained on them: their files hold no names."""
+
+NAMES = tuple(
+    """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+    teddy bear, hair drier, toothbrush""".replace("\n   ", "").split(", ")
+)
+LAST_ID = 90
+IDS = tuple(i for i in range(1, LAST_ID + 1) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+
+
+def settings(num_classes):
+    """What a detector of so many classes, without background, carries; if it is COCO's number, their names, too."""
+    if num_classes == len(NAMES):
+        return {"DATA.NUM_CATEGORY": num_classes, "DATA.CLASS_NAMES": ["BG", *NAMES]}
+    return {"DATA.NUM_CATEGORY": num_classes}

@@ -1,0 +1,339 @@
+"""Weight files of other systems as arrays by name, read without running anything that a file says.
+
+`.pth` of PyTorch (both of its formats) and `.pkl` of Detectron2 are pickles: here they are read by an unpickler that
+knows what arrays are made of, and nothing else; neither PyTorch nor NumPy's own unpickling takes part. `.h5` and
+`.keras` need h5py, which TensorFlow brings along. `write_torch` writes the first of these formats.
+"""
+
+import io
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from config import UserError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of PyTorch's format before 1.6
+H5_MAGIC = b"\x89HDF\r\n\x1a\n"
+MAX_PICKLE_BYTES = 2**26  # of PyTorch's zip archives, whose pickle holds names and shapes but no numbers
+STORAGES = {
+    "DoubleStorage": "f8",
+    "FloatStorage": "f4",
+    "HalfStorage": "f2",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "b1",
+}
+
+
+class FileError(UserError):
+    """A file that can't be read, is of no known kind, or holds what weights have no need of."""
+
+    exit_code = 5
+
+
+def read(path):
+    """The arrays of a weights file of a kind that its content tells, not its name.
+
+    Returns:
+        dict from name to array; names of nested dicts and groups are joined by "/"
+    """
+    try:
+        with open(path, "rb") as file:
+            arrays = _reader(file)(file)
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from error
+    except Exception as error:  # what unpickling, unzipping and h5py raise on damaged files has no common base
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
+        state = "can't be read" if isinstance(error, OSError) else "is cut off or damaged"
+        raise FileError(f"{path} {state}: {reason}") from error
+    if not arrays:
+        raise FileError(f"{path} holds no arrays by name")
+    return arrays
+
+
+def _reader(file):
+    """The function that reads an open file."""
+    start = file.read(8)
+    file.seek(0)
+    if start.startswith(b"PK"):
+        if not zipfile.is_zipfile(file):
+            raise FileError("it begins as a zip archive, but is cut off or damaged")
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        if "model.weights.h5" in names:
+            return _read_keras_archive
+        if any(name.endswith("/data.pkl") for name in names):
+            return _read_torch_zip
+        raise FileError(
+            "it is a zip archive of an unknown kind; .npz files are this project's own and need no conversion"
+        )
+    if start == H5_MAGIC:
+        return _read_h5
+    if start[:1] == b"\x80" or start[:2] in (b"(d", b"}q"):
+        return _read_pickle
+    raise FileError("it is no .pth, .pkl, .h5 or .keras file")
+
+
+# ------------------------------------------------------------------------------------------------------ pickles
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits the globals of a table, in which functions of ours stand for each, and nothing else."""
+
+    def __init__(self, file, admitted):
+        super().__init__(file, encoding="latin1")  # the strings of Python 2, of which some are bytes
+        self._admitted = admitted
+
+    def find_class(self, module, name):
+        if (module, name) not in self._admitted:
+            raise FileError(
+                f"it holds {module}.{name}, which weights have no need of and which is not run; if it is a whole "
+                "model or a training checkpoint, save the weights alone: torch.save(model.state_dict(), FILE)"
+            )
+        return self._admitted[module, name]
+
+    def persistent_load(self, pid):
+        """What PyTorch keeps outside of the pickle."""
+        kind, (code,), key, _, count, *view = pid
+        if kind != "storage" or view not in ([], [None]):
+            raise FileError("it refers to data of an unknown kind")
+        return _Storage(str(key), np.dtype(code).newbyteorder("<"), int(count))
+
+
+def _flatten(tree, make_array, prefix=""):
+    """{name: array} of nested dicts; what is no array (optimizers keep numbers and texts) is left out."""
+    arrays = {}
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        if isinstance(value, dict):
+            arrays.update(_flatten(value, make_array, f"{prefix}{name}/"))
+        elif isinstance(value, (_Tensor, _PickledArray)):
+            arrays[f"{prefix}{name}"] = make_array(value)
+    return arrays
+
+
+class _Storage(NamedTuple):
+    """Numbers that are kept outside of the pickle."""
+
+    key: str
+    dtype: np.dtype
+    count: int
+
+
+class _Tensor(NamedTuple):
+    """A view into a storage, in numbers as torch.as_strided counts them."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple
+    stride: tuple
+    ignored: Any = None
+
+    def array(self, numbers):
+        """The tensor, a copy; its place is checked to lie within `numbers`, the storage's."""
+        if len(self.shape) != len(self.stride) or min(self.offset, *self.shape, *self.stride, 0) < 0:
+            raise FileError("it describes a tensor of impossible shape")
+        count = math.prod(self.shape)
+        end = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) + 1
+        if count > len(numbers) or (count and end > len(numbers)):
+            raise FileError("it describes a tensor larger than its data")
+        if not count:
+            return np.zeros(self.shape, numbers.dtype)
+        strides = [step * numbers.itemsize for step in self.stride]
+        return np.lib.stride_tricks.as_strided(numbers[self.offset :], self.shape, strides, writeable=False).copy()
+
+
+class _PickledArray:
+    """What stands for a NumPy array while its pickle is read: NumPy's own unpickling trusts the file."""
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.is_fortran, self.data = state
+
+    def array(self):
+        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
+        if not isinstance(data, bytes | bytearray):
+            raise FileError("it holds arrays of objects")
+        order = "F" if self.is_fortran else "C"
+        return np.frombuffer(data, self.dtype.numpy_dtype()).reshape(self.shape, order=order).copy(order="C")
+
+
+class _PickledDtype:
+    """What stands for a NumPy dtype while its pickle is read."""
+
+    def __init__(self, code, *ignored):
+        self.code, self.byte_order = code, "<"
+
+    def __setstate__(self, state):
+        self.byte_order = state[1]
+
+    def numpy_dtype(self):
+        code = self.code.decode() if isinstance(self.code, bytes) else self.code
+        if not re.fullmatch("[fiub][1248]", code) or self.byte_order not in ("<", ">", "|"):
+            raise FileError(f"it holds arrays of type {code!r}, no numbers")
+        return np.dtype(code).newbyteorder(self.byte_order)
+
+
+def _array_from_buffer(data, dtype, shape, order):
+    """NumPy's arrays in pickles of protocol 5."""
+    made = _PickledArray()
+    made.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return made
+
+
+def _encode_latin1(text, encoding):
+    """How Python 3 puts bytes into pickles of protocol 2."""
+    if encoding != "latin1":
+        raise FileError(f"it holds bytes in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+TORCH = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _Tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: _Tensor(
+        storage, offset, shape, stride
+    ),
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    # Instances, with which a pickle can do nothing, in place of classes.
+    **{("torch", name): (code,) for name, code in STORAGES.items()},
+}
+NUMPY = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode_latin1,
+    ("numpy", "dtype"): _PickledDtype,
+    ("numpy", "ndarray"): "ndarray",
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _PickledArray() for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): lambda *_: None for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _array_from_buffer for core in ("core", "_core")},
+}
+
+
+def _read_torch_zip(file):
+    """PyTorch's format since 1.6: a zip archive, not compressed, of a pickle and one file for each storage."""
+    with zipfile.ZipFile(file) as archive:
+        (pickled,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        folder = pickled.filename.removesuffix("data.pkl")
+        if pickled.file_size > MAX_PICKLE_BYTES or any(i.compress_type != zipfile.ZIP_STORED for i in archive.filelist):
+            raise FileError("it is packed as PyTorch packs no file")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise FileError("it was written on a big-endian machine")
+        tree = _Unpickler(io.BytesIO(archive.read(pickled)), TORCH).load()
+
+        def make_array(tensor):
+            numbers = np.frombuffer(archive.read(f"{folder}data/{tensor.storage.key}"), tensor.storage.dtype)
+            return tensor.array(numbers)
+
+        return _flatten(tree, make_array)
+
+
+def _read_pickle(file):
+    """A pickle by itself: one of NumPy's arrays, or PyTorch's format before 1.6."""
+    first = _Unpickler(file, NUMPY).load()
+    if first == LEGACY_MAGIC:
+        return _read_torch_legacy(file)
+    return _flatten(first, _PickledArray.array)
+
+
+def _read_torch_legacy(file):
+    """After the magic number: a protocol number, facts on the machine, the tensors, the keys of the storages, and for
+    each of these in that order its count and its numbers."""
+    _, machine, tree, keys = (_Unpickler(file, TORCH).load() for _ in range(4))
+    if not machine.get("little_endian"):
+        raise FileError("it was written on a big-endian machine")
+    tensors = _flatten(tree, lambda tensor: tensor)
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    numbers = {}
+    for key in map(str, keys):
+        if key not in storages:
+            raise FileError("it holds data that belongs to no tensor: a training checkpoint? Save the weights alone")
+        (count,) = struct.unpack("<q", file.read(8))
+        data = file.read(storages[key].count * storages[key].dtype.itemsize)
+        numbers[key] = np.frombuffer(data, storages[key].dtype)
+        if not len(numbers[key]) == count == storages[key].count:
+            raise FileError("it is cut off or damaged")
+    return {name: tensor.array(numbers[tensor.storage.key]) for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ HDF5
+
+
+def _read_h5(file):
+    """Keras's `.h5`: "LAYER/LAYER/kernel" and so on; or, as it writes `.weights.h5`, "LAYER/0", "LAYER/1" ..."""
+    import h5py  # only where it is needed: importing it takes time
+
+    arrays = {}
+
+    def visit(name, item):  # h5py visits what is in the file itself; links to other files are not followed
+        if not isinstance(item, h5py.Dataset):
+            return
+        if item.external or item.is_virtual or item.dtype.kind not in "fiu":
+            raise FileError(f"{name} is no array of numbers within the file")
+        if item.nbytes > item.id.get_storage_size():
+            raise FileError(f"{name} is packed as Keras packs no file")
+        folder, _, leaf = name.rpartition("/")
+        if folder.endswith("/vars"):
+            folder = item.parent.attrs.get("name", folder)
+        arrays[f"{folder}/{leaf.removesuffix(':0')}"] = item[()]
+
+    with h5py.File(file, "r") as tree:
+        tree.visititems(visit)
+    return arrays
+
+
+def _read_keras_archive(file):
+    with zipfile.ZipFile(file) as archive:
+        info = archive.getinfo("model.weights.h5")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise FileError("it is packed as Keras packs no file")
+        return _read_h5(io.BytesIO(archive.read(info)))
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def write_torch(file, arrays):
+    """Write float32 arrays by name as PyTorch's state dict, in its format since 1.6; needs no PyTorch.
+
+    Args:
+        file: open for writing, binary
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _pickle_of(arrays))
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(arrays.values()):
+            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array, "<f4").tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
+def _pickle_of(arrays):
+    """The pickle of an OrderedDict of tensors, in opcodes of protocol 2: classes that can't be imported can't be
+    pickled otherwise."""
+    body = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R("]
+    for key, (name, array) in enumerate(arrays.items()):
+        strides = [stride // array.itemsize for stride in np.empty(array.shape, np.float32).strides]
+        storage = [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _integer(array.size)]
+        body += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
+        body += [b"(", *storage, b"tQ", _integer(0), _tuple(array.shape), _tuple(strides)]
+        body += [b"\x89", b"ccollections\nOrderedDict\n)R", b"tR"]
+    return b"".join([*body, b"u."])
+
+
+def _text(text):
+    return b"X" + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _integer(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def _tuple(values):
+    return b"(" + b"".join(map(_integer, values)) + b"t"
