@@ -67,7 +67,8 @@ DEFAULTS = dict(
     TRAIN=dict(
         NUM_GPUS=None,  # towers on this machine; None: one for each GPU in sight, or one on the CPU
         BATCH_SIZE_PER_GPU=1,  # images
-        PRECISION="float32",  # of the network's arithmetic: float32 or bfloat16; variables stay float32
+        PRECISION="float32",  # of the network's arithmetic: float32, bfloat16 or, on GPUs that lack that, float16 with
+        # its loss scaled; variables stay float32
         SEED=0,  # of weights, data order and samples
         WEIGHT_DECAY=1e-4,  # of convolution and fully connected kernels
         BASE_LR=0.01,  # learning rate at a total batch of 8 images; proportional to the total batch
@@ -427,7 +428,7 @@ CHOICES = {
     "BACKBONE.NAME": ("resnet", "resnet_basic", "resnext_32x4d", "resnext_32x8d", "resnext_64x4d"),
     "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
-    "TRAIN.PRECISION": ("float32", "bfloat16"),  # float16 would need its loss scaled
+    "TRAIN.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
     "FPN.NORM": ("None", "GN"),

@@ -29,6 +29,7 @@ from .layers import shape_list
 
 C4_RESOLUTION = 14
 BOX_RESOLUTION, MASK_RESOLUTION = 7, 14
+FIRST_SCALE, SCALE_PATIENCE = 2.0**15, 2000  # of float16's loss
 FPN_STRIDE = 32  # FPN works on images padded to a multiple of this
 
 
@@ -96,6 +97,8 @@ class RCNN(ModelDesc):
         optimizer = tfv1.train.MomentumOptimizer(learning_rate, 0.9)
         if self._accumulate > 1:
             optimizer = AccumulatedOptimizer(optimizer, self._accumulate)
+        if config.TRAIN.PRECISION == "float16":
+            optimizer = LossScaledOptimizer(optimizer)
         return MeasuredOptimizer(optimizer, self)
 
 
@@ -108,8 +111,53 @@ class MeasuredOptimizer(ProxyOptimizer):
 
     def apply_gradients(self, grads_and_vars, *args, **kwargs):
         if self._model.gradient_norm is None:  # of several towers, which all get the same gradient, the first
-            self._model.gradient_norm = tf.linalg.global_norm([gradient for gradient, _ in grads_and_vars])
+            norm = tf.linalg.global_norm([gradient for gradient, _ in grads_and_vars])
+            forgives = isinstance(self._opt, LossScaledOptimizer)
+            self._model.gradient_norm = self._opt.forgive(norm) if forgives else norm
         return self._opt.apply_gradients(grads_and_vars, *args, **kwargs)
+
+
+class LossScaledOptimizer(ProxyOptimizer):
+    """Keeps gradients within the range of float16 (arXiv:1710.03740 sec. 3.2): of a loss that is multiplied by a scale.
+
+    A step whose gradient overflows is left out and halves the scale; SCALE_PATIENCE steps without any double it.
+    """
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer, "LossScaled")
+        self._scale = None
+
+    def compute_gradients(self, loss, *args, **kwargs):
+        """The gradients of `loss`, with infinities where they overflowed."""
+        if self._scale is None:  # of several towers, which share it, the first
+            with tf.control_dependencies(None):
+                self._scale = tfv1.Variable(FIRST_SCALE, name="loss_scale", trainable=False)
+                self._good_steps = tfv1.Variable(0, name="loss_scale_good_steps", trainable=False)
+                self._is_adapted = False
+        scale = self._scale.read_value()
+        scaled = self._opt.compute_gradients(loss * scale, *args, **kwargs)
+        return [(gradient if gradient is None else gradient / scale, variable) for gradient, variable in scaled]
+
+    def forgive(self, norm):
+        """A gradient's norm, 0 where it overflowed: no divergence as long as there is a smaller scale to try."""
+        return tf.where(tf.math.is_finite(norm) | (self._scale <= 1.0), norm, 0.0)
+
+    def apply_gradients(self, grads_and_vars, *args, **kwargs):
+        grads_and_vars = [(gradient, variable) for gradient, variable in grads_and_vars if gradient is not None]
+        is_finite = tf.math.is_finite(tf.add_n([tf.reduce_sum(gradient) for gradient, _ in grads_and_vars]))
+        applied = tf.cond(is_finite, lambda: self._opt.apply_gradients(grads_and_vars, *args, **kwargs), tf.no_op)
+        if self._is_adapted:
+            return applied
+        self._is_adapted = True
+        return tf.group(applied, *self._adapt(is_finite))
+
+    def _adapt(self, is_finite):
+        """The ops that set the scale for the next step; every gradient has been computed by then."""
+        good_steps = tf.where(is_finite, self._good_steps + 1, 0)
+        grows = tf.equal(good_steps, SCALE_PATIENCE)
+        scale = self._scale * tf.where(is_finite, tf.where(grows, 2.0, 1.0), 0.5)
+        with tf.control_dependencies([scale, good_steps]):
+            return self._scale.assign(tf.maximum(scale, 1.0)), self._good_steps.assign(tf.where(grows, 0, good_steps))
 
 
 class AccumulatedOptimizer(ProxyOptimizer):

@@ -468,7 +468,6 @@ def test_a_failing_save_keeps_the_old_file(tmp_path, monkeypatch):
         "FPN.FRCNN_HEAD_FUNC=maskrcnn_up4conv_head",
         "FPN.MRCNN_HEAD_FUNC=fastrcnn_2fc_head",
         "TRAIN.PRECISION=float64",
-        "TRAIN.PRECISION=float16",
         "TEST.PRECISION=half",
         "DATA.ABSOLUTE_COORD=False",
         "DATA.NUM_WORKERS=-1",

@@ -130,7 +130,7 @@ class InferenceGraph:
             return made[-1]
 
         monkeypatch.setattr(rcnn, "_propose", spy)
-        inference = rcnn.Inference()
+        self.inference = inference = rcnn.Inference()
         self._session = tfv1.Session(config=rcnn.session_config())
         self.shapes = load_synthetic(self._session)
         self.predict = inference.bind(self._session)
@@ -351,6 +351,60 @@ def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(configure):
     assert "CropAndResizeGradBoxes" not in kinds
 
 
+# Kinds that are left where a convolution or matrix product was not fused with its bias and ReLU.
+NOT_FUSED = {"Conv2D", "_MklNativeConv2D", "_MklNativePadWithConv2D", "MatMul", "_MklMatMul", "BiasAdd", "Relu"}
+
+
+def run_traced(session, fetches, feed):
+    """What the session runs after its optimisations: nodes by name, and the number of ops that ran."""
+    options = tfv1.RunOptions(output_partition_graphs=True, trace_level=tfv1.RunOptions.FULL_TRACE)
+    trace = tfv1.RunMetadata()
+    session.run(fetches, feed, options=options, run_metadata=trace)
+    nodes = {node.name: node for graph in trace.partition_graphs for node in graph.node}
+    ran = {stats.node_name for device in trace.step_stats.dev_stats for stats in device.node_stats}
+    return nodes, len(ran)
+
+
+def not_fused(nodes):
+    return sorted(name for name, node in nodes.items() if node.op in NOT_FUSED and "gradients/" not in name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, configure, monkeypatch):
+    """The graph on constants, as it is optimised: also no op of batch norm, nor of scaling kernels by it."""
+    configure(*SMALL, f"TEST.PRECISION={precision}")
+    sessions, ran = [], []
+    monkeypatch.setattr(rcnn, "session_config", lambda: tfv1.ConfigProto(inter_op_parallelism_threads=1))
+    with tf.Graph().as_default():
+        graph = InferenceGraph(monkeypatch)
+        make = tfv1.Session
+        monkeypatch.setattr(tfv1, "Session", lambda **options: sessions.append(make(**options)) or sessions[-1])
+        live, frozen = graph.predict, graph.inference.freeze(graph._session)
+    for count in (1, 3):
+        inputs = pad([synthetic_image(96, 128, 4, seed)[0] for seed in range(count)], 32)
+        for one, other in zip(live(*inputs), frozen(*inputs)):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 if precision == "float32" else 1)
+        feed = {f"inference/{name}:0": x for name, x in zip(("image", "image_shape"), inputs)}
+        nodes, ran_now = run_traced(sessions[0], [t.name for t in graph.inference._detections], feed)
+        ran.append(ran_now)
+    # Where a stage begins, two convolutions meet in the addition: TensorFlow fuses one with it, but not the ReLU.
+    assert not_fused(nodes) == [f"inference/group{stage}/block0/Relu" for stage in (1, 2, 3)]
+    assert len([node for node in nodes.values() if "Fused" in node.op]) > 40
+    assert not [name for name, node in nodes.items() if "BatchNorm" in node.op or name.endswith("/bn/mul")]
+    assert ran[0] == ran[1]
+
+
+def test_the_forward_pass_of_training_is_fused(configure):
+    configure(*SMALL)
+    with tf.Graph().as_default():
+        graph = TrainingGraph()
+        feed = {graph._inputs[name]: x for name, x in training_batch([[96, 128, 3, 1]], multiple=32).items()}
+        nodes, _ = run_traced(graph._session, [graph.losses, graph._norms], feed)
+    assert not_fused(nodes) == [f"group{stage}/block0/Relu" for stage in (1, 2, 3)]
+    # Eigen's gradients of convolutions, in place of oneDNN's, take up to ten times as long.
+    assert not [name for name, node in nodes.items() if node.op.startswith("Conv2DBackprop")]
+
+
 def test_frozen_batch_norm_leaves_no_batch_norm_op(configure):
     configure("MODE_FPN=True")
     with tf.Graph().as_default() as graph:
@@ -358,3 +412,62 @@ def test_frozen_batch_norm_leaves_no_batch_norm_op(configure):
         with TowerContext("", is_training=True):
             rcnn.RCNN(learning_rate=0.01).build_graph(*inputs.values())
         assert not [op for op in graph.get_operations() if "BatchNorm" in op.type]
+
+
+def test_float16_trains_with_close_losses(configure):
+    """Tiny: the CPU's gradients of float16 convolutions take hundreds of times as long."""
+    losses = []
+    tiny = [*SMALL, "FPN.NUM_CHANNEL=4", "MRCNN.HEAD_DIM=4", "FRCNN.BATCH_PER_IM=8", "RPN.TRAIN_PER_LEVEL_NMS_TOPK=8"]
+    for precision in ("float32", "float16"):
+        configure(*tiny, f"TRAIN.PRECISION={precision}")
+        with tf.Graph().as_default():
+            losses.append(TrainingGraph().run(training_batch([[64, 64, 2, 1]], multiple=32))[0])
+    for name, value in losses[0].items():
+        np.testing.assert_allclose(losses[1][name], value, rtol=0.1, atol=0.01, err_msg=name)
+    assert losses[0]["total_cost"] != losses[1]["total_cost"]
+
+
+class TestLossScaledOptimizer:
+    """Plain gradient descent with a rate of 1 on loss = x w, whose gradient is x, computed in float16."""
+
+    @pytest.fixture
+    def descend(self, monkeypatch):
+        monkeypatch.setattr(rcnn, "FIRST_SCALE", 2.0**14)
+        monkeypatch.setattr(rcnn, "SCALE_PATIENCE", 3)
+        with tf.Graph().as_default(), tfv1.Session() as session:
+            x = tfv1.placeholder(tf.float32, [])
+            w = tfv1.get_variable("w", initializer=0.0)
+            optimizer = rcnn.LossScaledOptimizer(tfv1.train.GradientDescentOptimizer(1.0))
+            loss = tf.cast(tf.cast(w, tf.float16) * tf.cast(x, tf.float16), tf.float32)
+            gradients = optimizer.compute_gradients(loss)
+            step = optimizer.apply_gradients(gradients)
+            norm = optimizer.forgive(tf.linalg.global_norm([g for g, _ in gradients]))
+            session.run(tfv1.global_variables_initializer())
+
+            def run(value):
+                seen = session.run(norm, {x: value})
+                session.run(step, {x: value})
+                return seen, *session.run([w, optimizer._scale])
+
+            yield run
+
+    def test_gradients_too_small_for_float16_arrive(self, descend):
+        tiny = 2.0**-20  # times a scale of 2^14; the smallest float16 is 2^-24, but inexact from 2^-14 on
+        norm, w, scale = descend(tiny)
+        assert (norm, w, scale) == (tiny, -tiny, 2.0**14)
+
+    def test_a_step_that_overflows_is_left_out_and_halves_the_scale(self, descend):
+        assert descend(2.0**3) == (0.0, 0.0, 2.0**13)  # 2^17 is beyond float16
+        assert descend(2.0**3) == (0.0, 0.0, 2.0**12)
+        assert descend(2.0**3) == (8.0, -8.0, 2.0**12)
+
+    def test_good_steps_double_the_scale(self, descend):
+        scales = [descend(1.0)[2] for _ in range(7)]
+        assert np.log2(scales).tolist() == [14, 14, 15, 15, 15, 16, 15]  # 2^16 is beyond float16
+
+    def test_an_infinite_gradient_at_the_lowest_scale_is_seen(self, descend):
+        for _ in range(14):
+            assert descend(np.inf)[0] == 0.0
+        norm, w, scale = descend(np.inf)
+        assert not np.isfinite(norm)
+        assert (w, scale) == (0.0, 1.0)
