@@ -177,7 +177,7 @@ def train(run):
             TrainConfig(
                 model=model,
                 data=callbacks.TimedQueueInput(batches, signature),
-                callbacks=make_callbacks(run, schedule, guard, saver, steps_done=steps_done),
+                callbacks=make_callbacks(run, schedule, guard, saver, towers=towers, steps_done=steps_done),
                 extra_callbacks=callbacks.default_callbacks(),
                 session_creator=session_creator,
                 session_init=callbacks.Resumed(snapshot) if snapshot else callbacks.InitialWeights.of(run.weights),
@@ -299,13 +299,13 @@ def make_guards(run, schedule, *, model, stream, batches):
     return saver, guard
 
 
-def make_callbacks(run, schedule, guard, saver, *, steps_done):
+def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
     """What happens beside the steps."""
     from tensorpack.callbacks import EstimatedTimeLeft
 
     import callbacks
     from eval import EvalCallback
-    from modeling.rcnn import Inference
+    from modeling.rcnn import Inference, TowerInference
 
     return [
         callbacks.LearningRateSetter(schedule),
@@ -314,11 +314,12 @@ def make_callbacks(run, schedule, guard, saver, *, steps_done):
         guard,
         saver,
         EvalCallback(
-            Inference,
+            Inference if towers == 1 else lambda: TowerInference(towers),
             run.val_sets,
             period_epochs=config.TRAIN.EVAL_PERIOD,
             output_dir=run.logdir,
             ranks=run.ranks,
+            num_parallel=towers,
             before_batch=guard.check,
             offer=saver.offer,
         ),
