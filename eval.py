@@ -421,14 +421,18 @@ class EvalCallback(Callback):
         is_last = self.epoch_num == self.trainer.max_epoch
         if is_last or (self._period > 0 and self.epoch_num % self._period == 0):
             values = [self._evaluate(dataset) for dataset in self._datasets]
-            if values and self.trainer.is_chief:
+            if values and values[0] is not None:
                 name = f"mAP({'segm' if config.MODE_MASK else 'bbox'})/IoU=0.5:0.95"
                 self._offer(f"{self._datasets[0].name}-{name}", values[0][name])
 
     def _evaluate(self, dataset):
         # A run that was resumed from before this step has been here already: its results stay.
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
-        values = evaluate_dataset(self._predict, dataset, output=output, **self._options)
+        try:
+            values = evaluate_dataset(self._predict, dataset, output=output, **self._options)
+        except OSError as error:  # a full disk, say: the training goes on
+            logger.warning(f"{dataset.name} could not be evaluated, its results can't be written: {error.strerror}")
+            return None
         for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)

@@ -157,7 +157,9 @@ def saving(tmp_path):
     """(saver, trainer, weight, directory) in a graph of one weight."""
     with tf.Graph().as_default(), tfv1.Session() as session:
         weight = tfv1.get_variable("x/W", [2], initializer=tf.zeros_initializer())
-        saver = callbacks.CheckpointSaver(period=1, directory=tmp_path, state={}, has_data_failed=lambda: False)
+        saver = callbacks.CheckpointSaver(
+            period=1, directory=tmp_path, state={}, newest=None, has_data_failed=lambda: False
+        )
         saver.trainer = FakeTrainer(session)
         saver._setup_graph()
         session.run(tfv1.global_variables_initializer())
