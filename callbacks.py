@@ -24,6 +24,8 @@ from tensorpack.callbacks import (
     MovingAverageSummary,
     ProgressBar,
     RunUpdateOps,
+    ScalarPrinter,
+    TFEventWriter,
 )
 from tensorpack.compat import tfv1
 from tensorpack.dataflow import DataFlow, DataFlowTerminated
@@ -149,15 +151,15 @@ class CheckpointSaver(Callback):
     ever saved.
     """
 
-    def __init__(self, *, period, directory, state, has_data_failed):
+    def __init__(self, *, period, directory, state, newest, has_data_failed):
         """
         Args:
-            state: dict that goes beside every checkpoint
+            state: dict that goes beside every checkpoint. newest: path of the one that was resumed from, or None.
             has_data_failed: called when training ends: whether it does for want of data, which is worth a checkpoint
         """
         self._period, self._directory, self._state, self._has_data_failed = period, directory, state, has_data_failed
         self._is_due = False
-        self.last_saved = None  # path of the newest checkpoint that is known to be good
+        self._newest = newest  # known to be good
 
     def _setup_graph(self):
         variables = tfv1.global_variables()
@@ -177,13 +179,13 @@ class CheckpointSaver(Callback):
     def save(self):
         """Save the state after the newest step, unless that is done already. Whether it is on disk now: bool."""
         step = self.global_step
-        if self.last_saved is not None and self.last_saved.name == f"model-{step}":
+        if self._newest is not None and self._newest.name == f"model-{step}":
             return True
         if not self.trainer.sess.run(self._is_finite):
             raise Diverged(f"weights are not finite at step {step}, nothing was saved; {self.last_checkpoint()}")
         for _ in range(2):  # a network disk may hiccup
             try:
-                self.last_saved = checkpoint.save(self._write, self._directory, step, self._state)
+                self._newest = checkpoint.save(self._write, self._directory, step, self._state)
                 checkpoint.prune(self._directory)
             except (OSError, tf.errors.OpError) as error:
                 logger.warning(
@@ -191,7 +193,7 @@ class CheckpointSaver(Callback):
                     f"{' '.join(str(error).split())[:200]}; {self.last_checkpoint()}"
                 )
             else:
-                logger.info(f"Saved {self.last_saved}.")
+                logger.info(f"Saved {self._newest}.")
                 self._is_due = False
                 return True
         self._is_due = True
@@ -202,7 +204,7 @@ class CheckpointSaver(Callback):
 
     def last_checkpoint(self):
         """The newest good checkpoint in words."""
-        return f"last good checkpoint: {self.last_saved}" if self.last_saved else "there is no checkpoint yet"
+        return f"last good checkpoint: {self._newest}" if self._newest else "there is no checkpoint yet"
 
     def offer(self, metric, value):
         """After an evaluation: save the best so far.
@@ -233,8 +235,9 @@ class CheckpointSaver(Callback):
 
 
 class Guard(Callback):
-    """Looks at every step, on all ranks together: a signal ends the run with a checkpoint, a loss or gradient that is
-    not finite any more at once and without one.
+    """Looks at every step, on all ranks together, and ends the run if need be.
+
+    A signal ends it with a checkpoint; a loss or gradient that is not finite any more at once, and without one.
     """
 
     _chief_only = False
@@ -267,7 +270,9 @@ class Guard(Callback):
         seen = run_values.results
         self._codes = seen["codes"]
         if (self._codes == DIVERGED).any():
-            self._end(Diverged(self._divergence(seen)))
+            message = self._divergence(seen)
+            last_checkpoint = self._ranks.of_chief(self._saver.last_checkpoint())  # ranks wait here for each other
+            self._end(Diverged(f"{message}; {last_checkpoint}; try a lower TRAIN.BASE_LR"))
 
     def _trigger_step(self):
         self._watchdog.finished_step(self.global_step)
@@ -290,7 +295,7 @@ class Guard(Callback):
         self._end(Stopped(number))
 
     def _end(self, error):
-        logger.error(error)
+        (logger.info if isinstance(error, Stopped) else logger.error)(error)
         self._watchdog.stop(error.exit_code)
         raise error
 
@@ -306,8 +311,7 @@ class Guard(Callback):
         rate = self._schedule.learning_rate_at(step - 1)
         return (
             f"the loss or its gradient is not finite at step {step}: images {images}; {terms}, "
-            f"gradient norm={seen['norm']:.3g}, learning rate {rate:g}; {self._saver.last_checkpoint()}; "
-            f"{self._save_batch(towers, step)}; try a lower TRAIN.BASE_LR"
+            f"gradient norm={seen['norm']:.3g}, learning rate {rate:g}; {self._save_batch(towers, step)}"
         )
 
     def _save_batch(self, towers, step):
@@ -517,6 +521,41 @@ class Progress(ProgressBar):
         if self._total:
             for part, total in self._totals.items():
                 self.trainer.monitors.put_scalar(f"epoch/{part}", total / self._total)
+
+
+class EventWriter(TFEventWriter):
+    """tensorpack's writer for TensorBoard, which gives up with a warning where it can't write: training goes on."""
+
+    _has_failed = False
+
+    def process_summary(self, summary):
+        self._try(super().process_summary, summary)
+
+    def process_event(self, evt):
+        self._try(super().process_event, evt)
+
+    def _write_graph(self):
+        self._try(super()._write_graph)
+
+    def _trigger(self):
+        self._try(super()._trigger)
+
+    def _after_train(self):
+        self._try(super()._after_train)
+
+    def _try(self, method, *arguments):
+        if self._has_failed:
+            return
+        try:
+            method(*arguments)
+        except (OSError, LookupError, RuntimeError, tf.errors.OpError) as error:  # a full disk is an IndexError
+            self._has_failed = True
+            logger.warning(f"no more events for TensorBoard: {' '.join(str(error).split())[:200]}")
+
+
+def default_monitors():
+    """tensorpack's own defaults, with our writer of events."""
+    return [EventWriter(), JSONWriter(), ScalarPrinter()]
 
 
 def default_callbacks():

@@ -279,12 +279,15 @@ class ResultsFile:
 # ---------------------------------------------------------------- data sets
 
 
-def evaluate_dataset(predict, dataset, *, output=None, overwrite=False, ranks=ONE_PROCESS, before_batch=None):
+def evaluate_dataset(
+    predict, dataset, *, output=None, overwrite=False, ranks=ONE_PROCESS, num_parallel=1, before_batch=None
+):
     """Runs the network over a data set and returns its metrics, {name: value}, which also go to the log as tables.
 
     Boxes are evaluated, and masks if the model has them (MODE_MASK). `output` is the path of the results json, or None.
     Of several `ranks` each predicts its share of the batches; rank 0 gets all results, writes the file and returns the
-    metrics, the others return None. `before_batch` is called before each batch, equally often on all ranks.
+    metrics, the others return None. `num_parallel` threads call `predict`; `before_batch` is called before each batch,
+    equally often on all ranks.
 
     Raises:
         EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
@@ -298,7 +301,8 @@ def evaluate_dataset(predict, dataset, *, output=None, overwrite=False, ranks=ON
         ResultsFile(output if ranks.rank == 0 else None, overwrite=overwrite) as file,
         get_tqdm(total=len(records), unit="image", disable=ranks.rank > 0) as progress,
     ):
-        for image_results in _results_by_image(predict, _in_step(batches, before_batch), dataset.category_ids):
+        predicted = _predicted(predict, _in_step(batches, before_batch), num_parallel)
+        for image_results in _results_by_image(predicted, dataset.category_ids):
             if ranks.size == 1:
                 file.write(image_results)
             results.extend(image_results)
@@ -337,12 +341,26 @@ def _in_order(parts, image_ids):
     return sorted(itertools.chain.from_iterable(parts), key=lambda result: place[result["image_id"]])
 
 
-def _results_by_image(predict, batches, category_ids):
+def _predicted(predict, batches, num_parallel):
+    """Yields (records, batch, Detections) in the order of the batches, of which several may be under way at once."""
+    pool, waiting = ThreadPoolExecutor(num_parallel), deque()
+    try:
+        for records, batch in batches:
+            waiting.append((records, batch, pool.submit(predict, batch["image"], batch["image_shape"])))
+            if len(waiting) >= num_parallel:
+                records, batch, found = waiting.popleft()
+                yield records, batch, found.result()
+        for records, batch, found in waiting:
+            yield records, batch, found.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _results_by_image(predicted, category_ids):
     """Yields each image's results in the order of the batches. Threads paste and encode beside the network."""
     pool, waiting = ThreadPoolExecutor(POST_THREADS), deque()
     try:
-        for records, batch in batches:
-            found = predict(batch["image"], batch["image_shape"])
+        for records, batch, found in predicted:
             for index, record in enumerate(records):
                 input_shape = batch["image_shape"][index]
                 waiting.append(pool.submit(_record_results, found, index, input_shape, record, category_ids))
@@ -372,7 +390,9 @@ class EvalCallback(Callback):
 
     _chief_only = False
 
-    def __init__(self, build_inference, datasets, *, period_epochs, output_dir, ranks, before_batch, offer):
+    def __init__(
+        self, build_inference, datasets, *, period_epochs, output_dir, ranks, num_parallel, before_batch, offer
+    ):
         """
         Args:
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `predict`
@@ -380,7 +400,7 @@ class EvalCallback(Callback):
             datasets: list of Datasets.
             period_epochs: 0 means only after the last epoch.
             output_dir: folder for the results.
-            ranks: Ranks, which share the work.
+            ranks: Ranks, which share the work. num_parallel: how many threads may call `predict` at once.
             before_batch: called before each batch; may raise, to end the training.
             offer: called with the name and the value of the first data set's AP, of masks if the model has them.
         """
@@ -388,7 +408,8 @@ class EvalCallback(Callback):
         self._datasets = datasets
         self._period = period_epochs
         self._output_dir = Path(output_dir)
-        self._ranks, self._before_batch, self._offer = ranks, before_batch, offer
+        self._offer = offer
+        self._options = {"ranks": ranks, "num_parallel": num_parallel, "before_batch": before_batch}
 
     def _setup_graph(self):
         self._inference = self._build_inference()
@@ -400,15 +421,18 @@ class EvalCallback(Callback):
         is_last = self.epoch_num == self.trainer.max_epoch
         if is_last or (self._period > 0 and self.epoch_num % self._period == 0):
             values = [self._evaluate(dataset) for dataset in self._datasets]
-            if values and self._ranks.rank == 0:
+            if values and values[0] is not None:
                 name = f"mAP({'segm' if config.MODE_MASK else 'bbox'})/IoU=0.5:0.95"
                 self._offer(f"{self._datasets[0].name}-{name}", values[0][name])
 
     def _evaluate(self, dataset):
         # A run that was resumed from before this step has been here already: its results stay.
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
-        options = {"ranks": self._ranks, "before_batch": self._before_batch}
-        values = evaluate_dataset(self._predict, dataset, output=output, **options)
+        try:
+            values = evaluate_dataset(self._predict, dataset, output=output, **self._options)
+        except OSError as error:  # a full disk, say: the training goes on
+            logger.warning(f"{dataset.name} could not be evaluated, its results can't be written: {error.strerror}")
+            return None
         for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)

@@ -13,6 +13,14 @@ class RankLost(UserError):
 
     exit_code = 6
 
+    def __init__(self, rank):
+        super().__init__(f"rank {rank} has lost another rank: that one's message says why")
+
+
+def is_lost(error):
+    """Whether a TensorFlow error comes of another rank having ended."""
+    return error.op is not None and error.op.type.startswith("Horovod")
+
 
 class Ranks:
     """A run of one process, and the interface of `HorovodRanks`."""
@@ -60,7 +68,7 @@ class HorovodRanks(Ranks):
         try:
             lines = self._session.run(self._gathered, {self._bytes: line})
         except tf.errors.OpError as error:
-            raise RankLost(f"rank {self.rank} has lost another rank, whose message says why") from error
+            raise RankLost(self.rank) from error
         return [json.loads(line) for line in lines.tobytes().splitlines()]
 
     def share(self, number):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import checkpoint
 from config import ConfigError, UserError, config, lr_schedule_steps
 from dataset import get_dataset
-from ranks import HorovodRanks, Ranks
+from ranks import HorovodRanks, RankLost, Ranks, is_lost
 from watchdog import Watchdog
 
 LEFT_BY_FAILED_STARTS = ("log.log", "events.out.tfevents.")
@@ -168,7 +168,7 @@ def train(run):
     stream = data.training_data(run.records, start=step * towers, shard_index=run.ranks.rank, num_shards=run.ranks.size)
     batches = callbacks.Batches(stream, [spec.name for spec in signature])
     model = rcnn.RCNN(learning_rate=schedule.learning_rate, accumulate=schedule.accumulate)
-    saver, guard = make_guards(run, schedule, model=model, stream=stream, batches=batches)
+    saver, guard = make_guards(run, schedule, snapshot, model=model, stream=stream, batches=batches)
     tfv1.set_random_seed(config.TRAIN.SEED)
     session_creator = NewSessionCreator()
     session_creator.config = rcnn.session_config(towers=towers)  # given to the constructor it would be warned about
@@ -177,8 +177,9 @@ def train(run):
             TrainConfig(
                 model=model,
                 data=callbacks.TimedQueueInput(batches, signature),
-                callbacks=make_callbacks(run, schedule, guard, saver, steps_done=steps_done),
+                callbacks=make_callbacks(run, schedule, guard, saver, towers=towers, steps_done=steps_done),
                 extra_callbacks=callbacks.default_callbacks(),
+                monitors=callbacks.default_monitors(),
                 session_creator=session_creator,
                 session_init=callbacks.Resumed(snapshot) if snapshot else callbacks.InitialWeights.of(run.weights),
                 steps_per_epoch=schedule.steps_per_epoch,
@@ -187,6 +188,10 @@ def train(run):
             ),
             trainer,
         )
+    except tfv1.errors.OpError as error:
+        if is_lost(error):
+            raise RankLost(run.ranks.rank) from error
+        raise
     finally:
         batches.close()
         run.watchdog.stop()
@@ -275,7 +280,7 @@ def find_position(run, schedule, snapshot):
     return step, epoch + 1, steps_done
 
 
-def make_guards(run, schedule, *, model, stream, batches):
+def make_guards(run, schedule, snapshot, *, model, stream, batches):
     """What saves the run, and what watches over it."""
     import callbacks
 
@@ -283,6 +288,7 @@ def make_guards(run, schedule, *, model, stream, batches):
         period=config.TRAIN.CHECKPOINT_PERIOD,
         directory=run.logdir,
         state=run_state(run, schedule),
+        newest=snapshot.path if snapshot else None,
         has_data_failed=batches.has_failed,
     )
     guard = callbacks.Guard(
@@ -299,13 +305,13 @@ def make_guards(run, schedule, *, model, stream, batches):
     return saver, guard
 
 
-def make_callbacks(run, schedule, guard, saver, *, steps_done):
+def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
     """What happens beside the steps."""
     from tensorpack.callbacks import EstimatedTimeLeft
 
     import callbacks
     from eval import EvalCallback
-    from modeling.rcnn import Inference
+    from modeling.rcnn import Inference, TowerInference
 
     return [
         callbacks.LearningRateSetter(schedule),
@@ -314,11 +320,12 @@ def make_callbacks(run, schedule, guard, saver, *, steps_done):
         guard,
         saver,
         EvalCallback(
-            Inference,
+            Inference if towers == 1 else lambda: TowerInference(towers),
             run.val_sets,
             period_epochs=config.TRAIN.EVAL_PERIOD,
             output_dir=run.logdir,
             ranks=run.ranks,
+            num_parallel=towers,
             before_batch=guard.check,
             offer=saver.offer,
         ),

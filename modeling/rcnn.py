@@ -8,6 +8,7 @@ C4 is a pyramid of one level: only where the features of RoIs come from differs.
 
 import math
 import os
+import queue
 from typing import NamedTuple
 
 import numpy as np
@@ -639,5 +640,31 @@ class Inference:
 
         def predict(image, image_shape):
             return self._detections._replace(**dict(zip(made, run(image, image_shape))))
+
+        return predict
+
+
+class TowerInference:
+    """An Inference for each of the training towers, on its device and with its copy of the weights."""
+
+    def __init__(self, num_towers):
+        self._towers = []
+        for tower in range(num_towers):
+            scope = f"tower{tower}" if tower else tfv1.get_variable_scope()
+            with tf.device(f"/gpu:{tower}"), tfv1.variable_scope(scope, reuse=True):
+                self._towers.append(Inference())
+
+    def bind(self, session):
+        """As Inference.bind; as many threads as there are towers may call the function at once."""
+        idle = queue.SimpleQueue()
+        for tower in self._towers:
+            idle.put(tower.bind(session))
+
+        def predict(image, image_shape):
+            run = idle.get()
+            try:
+                return run(image, image_shape)
+            finally:
+                idle.put(run)
 
         return predict

@@ -157,7 +157,9 @@ def saving(tmp_path):
     """(saver, trainer, weight, directory) in a graph of one weight."""
     with tf.Graph().as_default(), tfv1.Session() as session:
         weight = tfv1.get_variable("x/W", [2], initializer=tf.zeros_initializer())
-        saver = callbacks.CheckpointSaver(period=1, directory=tmp_path, state={}, has_data_failed=lambda: False)
+        saver = callbacks.CheckpointSaver(
+            period=1, directory=tmp_path, state={}, newest=None, has_data_failed=lambda: False
+        )
         saver.trainer = FakeTrainer(session)
         saver._setup_graph()
         session.run(tfv1.global_variables_initializer())
@@ -212,3 +214,23 @@ def test_the_best_checkpoint_is_the_one_with_the_highest_value(saving):
     trainer.global_step = 24  # resumed from there, and evaluated again
     saver.offer("AP", 0.4)
     assert checkpoint.read_best(directory)["value"] == 0.4
+
+
+def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path, monkeypatch):
+    warnings, calls = [], []
+    monkeypatch.setattr(callbacks.logger, "warning", warnings.append)
+
+    def no_space(*_):
+        calls.append(1)
+        raise IndexError("events.out.tfevents: No space left on device")  # as TensorFlow says it
+
+    for name in ("process_summary", "process_event", "_write_graph", "_trigger", "_after_train"):
+        monkeypatch.setattr(callbacks.TFEventWriter, name, no_space)
+    writer = callbacks.EventWriter(str(tmp_path))
+    writer.process_summary(None)
+    writer.process_event(None)
+    writer._write_graph()
+    writer._trigger()
+    writer._after_train()
+    assert len(calls) == len(warnings) == 1
+    assert "No space left on device" in warnings[0]

@@ -285,6 +285,7 @@ def test_ranks_share_the_work_and_find_the_same(config, dataset, tmp_path):
             dataset,
             output=tmp_path / "shared.json",
             ranks=OneOfTwo(rank, told),
+            num_parallel=3,
             before_batch=lambda: calls.append(rank),  # noqa: B023 (called at once)
         )
         assert metrics == (alone if rank == 0 else None)
@@ -371,6 +372,7 @@ def test_callback(config, dataset, tmp_path, period, steps):
         period_epochs=period,
         output_dir=folder,
         ranks=Ranks(),
+        num_parallel=2,
         before_batch=lambda: batches.append(1),
         offer=lambda *offer: offers.append(offer),
     )
