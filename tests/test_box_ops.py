@@ -337,6 +337,41 @@ def test_roi_align_and_its_gradient_equal_the_definition(resolution):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_roi_align_without_the_half_pixel_equals_torchvision_s_definition():
+    """Sample by sample: pixel centres at + 0; samples up to a pixel beyond the map take its border, others are 0; no
+    RoI is narrower than a cell."""
+    rng = np.random.default_rng(8)
+    features = rng.normal(size=(1, 7, 11, 2)).astype(np.float32)
+    boxes = np.float32([*ROIS.values(), *random_boxes(rng, 10, low=-1, high=8, size=3)])
+
+    def value(y, x):
+        if not (-1 <= y <= 7 and -1 <= x <= 11):
+            return np.zeros(2)
+        y, x = min(max(y, 0), 6), min(max(x, 0), 10)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, 6), min(left + 1, 10)
+        upper, lower = (
+            features[0, i, left] * (left + 1 - x) + features[0, i, right] * (x - left) for i in (top, bottom)
+        )
+        return upper * (top + 1 - y) + lower * (y - top)
+
+    def cell(box, i, j):
+        x1, y1, x2, y2 = np.float64(box)
+        width, height = max(x2 - x1, 1.0) / 3, max(y2 - y1, 1.0) / 3
+        places = [(y1 + (i + a) * height, x1 + (j + b) * width) for a in (0.25, 0.75) for b in (0.25, 0.75)]
+        return np.mean([value(*place) for place in places], axis=0)
+
+    crops = evaluate(
+        lambda features, boxes: box_ops.roi_align(
+            box_ops.extend_border(features), boxes, tf.zeros(len(ROIS) + 10, tf.int32), resolution=3, half_pixel=False
+        ),
+        features,
+        boxes,
+    )
+    expected = [[[cell(box, i, j) for j in range(3)] for i in range(3)] for box in boxes]
+    np.testing.assert_allclose(crops, expected, atol=1e-4)
+
+
 def test_roi_align_of_a_ramp_is_the_ramp_at_the_centres_of_the_cells():
     rows, columns = np.mgrid[:8, :9] + 0.5
     ramp = np.float32(3 * columns + 10 * rows)[None, :, :, None]
