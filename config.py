@@ -155,6 +155,15 @@ TYPES = {
 }
 
 
+# Keys without which weights mean something else, and nothing fails: whoever fine-tunes a run needs its values.
+OF_WEIGHTS = (
+    "CONVENTIONS",
+    "BACKBONE.NORM_EPSILON",
+    "BACKBONE.STRIDE_1X1",
+    "BACKBONE.TF_PAD_MODE",
+    "PREPROC.PIXEL_MEAN",
+    "PREPROC.PIXEL_STD",
+)
 # Keys, and beginnings of keys, that a user may set otherwise than the weights say: what they change is meant.
 ADAPTABLE = ("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE")
 

@@ -20,12 +20,14 @@ import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_train
 from golden.synthetic import synthetic_image, synthetic_state_dict
 from tensorpack.compat import tfv1
 
 import boxes
 import checkpoint
 from config import Config, UserError
+from dataset import shapes
 from modeling import backbone, box_ops, rcnn
 from tools import convert
 from zoo import files, torchvision
@@ -621,3 +623,55 @@ def test_the_program_reports_and_refuses(tmp_path):
     )
     assert (result.returncode, result.stdout) == (5, "")
     assert len(result.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------ as they are used
+
+ROOT = Path(__file__).parent.parent
+OF_THE_FILE = ("MODE_FPN", "BACKBONE.", "RPN.ANCHOR_SIZES")
+TRAINING = [text for text in test_train.SETTINGS if not text.startswith(OF_THE_FILE)]
+
+
+def run_program(*command):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_converted_detector_predicts_without_any_setting(tmp_path):
+    """Architecture, conventions and COCO's class names come with the file; what contradicts them is refused."""
+    run_convert(write_pth(tmp_path / "source.pth", small_torchvision_detector()), tmp_path / "out.npz")
+    cv2.imwrite(str(tmp_path / "image.png"), synthetic_image(64, 96, 4, 0)[0])
+    command = ["predict.py", "--predict", tmp_path / "image.png", "--load", tmp_path / "out.npz", "--no-show"]
+    options = ["--config", "PREPROC.TEST_SHORT_EDGE_SIZE=64", "TEST.RESULT_SCORE_THRESH_VIS=0.01"]
+    done = run_program(*command, "--output", tmp_path / "pictures", *options)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "pictures").glob("image*.png"))
+    assert "0 mismatched, 0 absent, 0 unused" in done.stdout + done.stderr
+    done = run_program(*command, "--output", tmp_path / "others", "--config", "PREPROC.PIXEL_STD=[1,1,1]")
+    assert done.returncode == 2
+    assert "leave that out, or give PREPROC.PIXEL_STD='[58.395,57.12,57.375]'" in done.stderr
+    assert not (tmp_path / "others").exists()
+
+
+@pytest.mark.slow
+def test_training_takes_the_settings_of_a_converted_backbone(tmp_path):
+    names = foreign.DetectronNames()
+    source = write_detectron(tmp_path / "source.pkl", foreign.resnet_shapes(names).arrays())
+    run_convert(source, tmp_path / "out.npz")
+    shapes.generate(tmp_path / "data", train=4, val=2, size=64, seed=3)
+    settings = [*TRAINING, "MODE_FPN=True", "FPN.NORM=GN", f"DATA.BASEDIR={tmp_path / 'data'}"]
+    settings += [f"BACKBONE.WEIGHTS={tmp_path / 'out.npz'}", "TRAIN.LR_SCHEDULE=[1]", "TRAIN.EVAL_PERIOD=0"]
+    done = run_program("train.py", "--logdir", tmp_path / "run", "--config", *settings)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["BACKBONE"]["STRIDE_1X1"] is True
+    assert saved["BACKBONE"]["RESNET_NUM_BLOCKS"] == list(foreign.NUM_BLOCKS)
+    assert saved["PREPROC"]["PIXEL_STD"] == [1, 1, 1]
+    others = [*settings, "BACKBONE.STRIDE_1X1=False"]
+    done = run_program("train.py", "--logdir", tmp_path / "other", "--config", *others)
+    assert done.returncode == 2
+    assert "was trained otherwise than with BACKBONE.STRIDE_1X1=False" in done.stderr
+    others = [*settings[:-3], *settings[-2:], "PREPROC.PIXEL_STD=[2,2,2]"]
+    done = run_program("train.py", "--logdir", tmp_path / "other", "--load", tmp_path / "run", "--config", *others)
+    assert done.returncode == 2
+    assert "was trained otherwise than with PREPROC.PIXEL_STD='[2.0,2.0,2.0]'" in done.stderr
