@@ -372,6 +372,42 @@ def test_roi_align_without_the_half_pixel_equals_torchvision_s_definition():
     np.testing.assert_allclose(crops, expected, atol=1e-4)
 
 
+def adaptive_roi_align(features, boxes, image_index, upstream=None):
+    def build(features, boxes, image_index):
+        extended = box_ops.extend_border(features)
+        crops = box_ops.roi_align(extended, boxes, image_index, resolution=2, adaptive=True)
+        return crops, tf.gradients(crops, features, upstream)[0]
+
+    return evaluate(build, features, np.float32(boxes), np.int32(image_index))
+
+
+def test_adaptive_roi_align_takes_a_sample_per_pixel():
+    """Detectron2's `sampling_ratio=0`: of cells of 3.4 x 1.2 pixels, 4 x 2 samples; of empty ones, one."""
+    rng = np.random.default_rng(9)
+    features = rng.normal(size=(2, 9, 14, 3)).astype(np.float32)
+    boxes = np.float32([*ROIS.values(), *random_boxes(rng, 30, low=-1, high=8, size=4)])
+    image_index = rng.integers(0, 2, len(boxes))
+    upstream = rng.normal(size=(len(boxes), 2, 2, 3)).astype(np.float32)
+    crops, gradient = adaptive_roi_align(features, boxes, image_index, upstream)
+    counts = set()
+    for box, image, crop in zip(boxes, image_index, crops):
+        across, down = (max(int(np.ceil((box[i + 2] - box[i]) / np.float32(2))), 1) for i in (0, 1))
+        counts.add((across, down))
+        rows = sample_weights(box[1], box[3], 9, down).reshape(2, down, 9).mean(axis=1)
+        columns = sample_weights(box[0], box[2], 14, across).reshape(2, across, 14).mean(axis=1)
+        np.testing.assert_allclose(crop, np.einsum("iy,jx,yxc->ijc", rows, columns, features[image]), atol=1e-4)
+    assert len(counts) > 8
+    other = rng.normal(size=features.shape).astype(np.float32)
+    of_other, _ = adaptive_roi_align(other, boxes, image_index, upstream)
+    np.testing.assert_allclose(np.sum(gradient * other), np.sum(of_other * upstream), rtol=1e-3)  # it is linear
+
+
+def test_adaptive_roi_align_of_no_rois():
+    crops, gradient = adaptive_roi_align(np.ones((1, 4, 4, 3), np.float32), np.zeros((0, 4)), np.zeros(0))
+    assert crops.shape == (0, 2, 2, 3)
+    assert not gradient.any()
+
+
 def test_roi_align_of_a_ramp_is_the_ramp_at_the_centres_of_the_cells():
     rows, columns = np.mgrid[:8, :9] + 0.5
     ramp = np.float32(3 * columns + 10 * rows)[None, :, :, None]

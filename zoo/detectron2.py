@@ -220,7 +220,7 @@ def _detector(names, *, is_c4):
         settings,
         ignored=_no_weights(arrays),
         added=added,
-        notes=(note, "RoIAlign takes 2x2 samples a cell, not as many as a large RoI has pixels: see NOTES.md"),
+        notes=(note,),
     )
 
 
