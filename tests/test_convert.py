@@ -244,8 +244,7 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
     """Every variable is found, none left over; probabilities, boxes and masks of given RoIs agree with NumPy."""
     options = VARIANTS[variant]
     arrays = foreign.detector_shapes(**options).arrays()
-    constants = {"proposal_generator.anchor_generator.cell_anchors.0": np.zeros((3, 4), np.float32)}
-    run_convert(write_detectron2(tmp_path / "source.pkl", arrays | constants), tmp_path / "out.npz")
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "out.npz")
     settings = configure(tmp_path / "out.npz")
     scopes = [f"cascade_rcnn_stage{k}" for k in (1, 2, 3)] if settings.FPN.CASCADE else ["fastrcnn"]
     rng = np.random.default_rng(0)
@@ -294,6 +293,20 @@ def test_boxes_of_detectron2_are_decoded_with_its_limit(tmp_path, configure):
     expected = helpers.decode(deltas[0] / [10, 10, 5, 5], reference[0], max_log_size=np.log(1000 / 16))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert found[3] - found[1] == pytest.approx(70 * 1000 / 16)
+
+
+@pytest.mark.parametrize("levels", [[[16], [32.5], [64], [128], [256]], [[24, 48, 96]]])
+def test_anchors_in_the_file_decide(levels, tmp_path):
+    """Detectron2's: for each size and ratio a box of area size^2 about the origin."""
+    arrays = foreign.detector_shapes(masks=False).arrays()
+    for level, sizes in enumerate(levels):
+        shapes = [(size / np.sqrt(ratio), size * np.sqrt(ratio)) for size in sizes for ratio in (0.5, 1.5)]
+        anchors = np.float32([[-w / 2, -h / 2, w / 2, h / 2] for w, h in shapes])
+        arrays[f"proposal_generator.anchor_generator.cell_anchors.{level}"] = anchors
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "out.npz")
+    carried = checkpoint.carried_settings(tmp_path / "out.npz")
+    assert carried["RPN.ANCHOR_SIZES"] == sum(levels, [])
+    assert carried["RPN.ANCHOR_RATIOS"] == [0.5, 1.5]
 
 
 def test_pixel_statistics_in_the_file_decide(tmp_path):
