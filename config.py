@@ -156,18 +156,29 @@ TYPES = {
 }
 
 
+# Keys without which weights mean something else, and nothing fails: whoever fine-tunes a run needs its values.
+OF_WEIGHTS = (
+    "CONVENTIONS",
+    "BACKBONE.NORM_EPSILON",
+    "BACKBONE.STRIDE_1X1",
+    "BACKBONE.TF_PAD_MODE",
+    "PREPROC.PIXEL_MEAN",
+    "PREPROC.PIXEL_STD",
+)
 # Keys, and beginnings of keys, that a user may set otherwise than the weights say: what they change is meant.
 ADAPTABLE = ("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE")
 
 
 def as_overrides(settings):
     """{key: value} as text to paste after --config."""
-    return " ".join(f"{key}={_quoted(value)}" for key, value in settings.items())
+    return " ".join(
+        f"{key}={shlex.quote(value if isinstance(value, str) else _literal(value))}" for key, value in settings.items()
+    )
 
 
-def _quoted(value):
-    text = value if isinstance(value, str) else repr(list(value) if isinstance(value, tuple) else value)
-    return shlex.quote(text.replace(", ", ","))
+def _literal(value):
+    """A Python literal without spaces; lists and tuples as lists."""
+    return f"[{','.join(map(_literal, value))}]" if isinstance(value, list | tuple) else repr(value)
 
 
 class _Group:
@@ -294,7 +305,7 @@ class Config(_Group):
         """
         with _TEMPORARY:
             before = dict(vars(self))
-            vars(self).update(_values=dict(FLAT_DEFAULTS), _frozen=False)
+            vars(self).update(_values=dict(FLAT_DEFAULTS), _given=set(), _frozen=False)
             try:
                 yield self
             finally:

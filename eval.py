@@ -90,8 +90,7 @@ class Predictor:
         """
         path = checkpoint.resolve(checkpoint_path)
         with config.temporary():
-            checkpoint.load_config(path, config)
-            config.update(settings)
+            checkpoint.load_config(path, config, overrides=settings)
             if not config.DATA.CLASS_NAMES:
                 raise UserError(f"DATA.CLASS_NAMES is not set: no {checkpoint.CONFIG_FILE} beside {path} names classes")
             config.DATA.NUM_CATEGORY = len(config.DATA.CLASS_NAMES) - 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
-from config import ConfigError, UserError, config, lr_schedule_steps
+from config import OF_WEIGHTS, Config, ConfigError, UserError, config, lr_schedule_steps
 from dataset import get_dataset
 from ranks import HorovodRanks, RankLost, Ranks, is_lost
 from watchdog import Watchdog
@@ -86,9 +86,8 @@ def prepare(arguments, logdir):
     if resume:
         config.load(logdir / checkpoint.CONFIG_FILE)
     config.update(arguments.config)
-    weights = None if resume else find_weights(arguments.load)
-    if weights:
-        config.adopt(checkpoint.carried_settings(weights[0]), source=weights[0])
+    if not resume:
+        adopt_settings(find_weights(arguments.load))
     config.check()
     if "HOROVOD_SIZE" in os.environ and config.TRAINER != "horovod":
         raise ConfigError("horovodrun needs TRAINER=horovod: without it, every process would train for itself")
@@ -98,6 +97,23 @@ def prepare(arguments, logdir):
         check_unused(logdir)
     check_writable(logdir)
     return config.to_dict(), resume
+
+
+def adopt_settings(weights):
+    """Set what the weights to start from need: of converted ones all, of a run's what would go wrong in silence.
+
+    Args:
+        weights: of `find_weights`
+    """
+    if not weights:
+        return
+    path, _ = weights
+    needed = checkpoint.carried_settings(path)
+    if not needed and (config_file := checkpoint.find_config(path)):
+        of_run = Config()
+        of_run.load(config_file)
+        needed = {key: of_run.value(key) for key in OF_WEIGHTS}
+    config.adopt(needed, source=path)
 
 
 def check_unused(logdir):

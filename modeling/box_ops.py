@@ -11,6 +11,7 @@ import tensorflow as tf
 
 KEY_PURPOSES = {"anchors": 1, "rois": 2}  # of random numbers
 NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
+MAX_SAMPLES = 64  # along a side of a cell of an RoI: more than any image has
 NO_SCORE = -1.0  # the score in `batched_nms` of what is not a candidate
 
 
@@ -194,33 +195,75 @@ def extend_border(features):
     return tf.pad(tf.cast(features, tf.float32), [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")
 
 
-def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=True):
-    """RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3), 2x2 bilinear samples averaged in each cell, aligned to pixels.
-
-    `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is moved so
-    that they fall on the centres of a grid of (2 * resolution)^2 cells, with pixel centres at + 0.5.
+def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=True, adaptive=False):
+    """RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3): bilinear samples averaged in each cell, aligned to pixels.
 
     Args:
         extended_features: float32 [N, H + 2, W + 2, C] of `extend_border`
         boxes: float32 [R, 4] in pixels of the feature map. image_index: int32 [R].
         half_pixel: False is torchvision's `aligned=False`, as in the first RoIAlign: pixel centres lie at + 0, and
             RoIs narrower than a cell are widened to one
+        adaptive: take as many samples along a side of a cell as it has pixels, rounded up, not two
     Returns:
         float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
     """
     offset = 0.5 if half_pixel else 0.0
-    samples = 2 * resolution
-    height, width = tf.unstack(tf.shape(extended_features)[1:3])
-    x1, y1, x2, y2 = tf.unstack(tf.stop_gradient(boxes) + 1.0, axis=-1)
+    boxes = tf.stop_gradient(boxes) + 1.0  # in the extended map
     if not half_pixel:
-        x2, y2 = tf.maximum(x2, x1 + 1.0), tf.maximum(y2, y1 + 1.0)
-    step_x, step_y = (x2 - x1) / samples, (y2 - y1) / samples
+        top_left, bottom_right = tf.split(boxes, 2, axis=1)
+        boxes = tf.concat([top_left, tf.maximum(bottom_right, top_left + 1.0)], axis=1)
+    if adaptive:
+        return _adaptive_roi_align(extended_features, boxes, image_index, resolution=resolution, offset=offset)
+    samples = 2 * resolution
+    return _mean_2x2(_sample_grid(extended_features, boxes, image_index, samples, samples, offset=offset))
+
+
+def _sample_grid(features, boxes, image_index, rows, columns, *, offset):
+    """Bilinear samples at the centres of a grid of cells over each box: float32 [R, rows, columns, C].
+
+    `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is moved
+    and shrunk so that they fall on the centres of the cells, with pixel centres at + `offset`.
+
+    Args:
+        features: float32 [N, H, W, C]. boxes: float32 [R, 4] in its pixels. rows, columns: integers or int32 scalars.
+    """
+    x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
+    height, width = (tf.cast(size - 1, tf.float32) for size in tf.unstack(tf.shape(features)[1:3]))
+    step_x, step_y = (x2 - x1) / tf.cast(columns, tf.float32), (y2 - y1) / tf.cast(rows, tf.float32)
     first_x, first_y = x1 + step_x * 0.5 - offset, y1 + step_y * 0.5 - offset
-    last_x, last_y = first_x + step_x * (samples - 1), first_y + step_y * (samples - 1)
-    scale_x, scale_y = (tf.cast(size - 1, tf.float32) for size in (width, height))
-    normalised = tf.stack([first_y / scale_y, first_x / scale_x, last_y / scale_y, last_x / scale_x], axis=-1)
-    crops = tf.image.crop_and_resize(extended_features, normalised, image_index, [samples, samples])
-    return _mean_2x2(crops)
+    last_x = first_x + step_x * tf.cast(columns - 1, tf.float32)
+    last_y = first_y + step_y * tf.cast(rows - 1, tf.float32)
+    normalised = tf.stack([first_y / height, first_x / width, last_y / height, last_x / width], axis=-1)
+    return tf.image.crop_and_resize(features, normalised, image_index, [rows, columns])
+
+
+def _adaptive_roi_align(features, boxes, image_index, *, resolution, offset):
+    """Detectron2's `sampling_ratio=0`: a loop over the numbers of samples that occur, each for all RoIs that need it.
+
+    Args:
+        features: float32 [N, H, W, C]. boxes: float32 [R, 4] in its pixels.
+    """
+    boxes, image_index = tf.pad(boxes, [[0, 1], [0, 0]]), tf.pad(image_index, [[0, 1]])  # never none at all
+    sides = tf.math.ceil((boxes[:, 2:] - boxes[:, :2]) / resolution)
+    across, down = tf.unstack(tf.cast(tf.clip_by_value(sides, 1.0, MAX_SAMPLES), tf.int32), axis=1)
+    kinds, kind = tf.unique(across * (MAX_SAMPLES + 1) + down)
+    channels = features.shape[-1]
+
+    def pool(i, pooled):
+        across, down = kinds[i] // (MAX_SAMPLES + 1), kinds[i] % (MAX_SAMPLES + 1)
+        rois = tf.where(tf.equal(kind, i))[:, 0]
+        own_boxes = tf.stop_gradient(tf.gather(boxes, rois))  # again: the loop's gradient knows nothing of the first
+        own_index = tf.gather(image_index, rois)
+        samples = _sample_grid(features, own_boxes, own_index, down * resolution, across * resolution, offset=offset)
+        cells = tf.reshape(samples, [-1, resolution, down, resolution, across, channels])
+        return i + 1, pooled.write(i, tf.reduce_mean(cells, axis=[2, 4]))
+
+    count = tf.size(kinds)
+    shape = [None, resolution, resolution, channels]
+    pooled = tf.TensorArray(tf.float32, count, infer_shape=False, element_shape=shape)
+    _, pooled = tf.while_loop(lambda i, _: i < count, pool, (0, pooled))
+    place = tf.math.invert_permutation(tf.argsort(kind, stable=True))
+    return tf.ensure_shape(tf.gather(pooled.concat(), place)[:-1], shape)
 
 
 @tf.custom_gradient
@@ -235,16 +278,16 @@ def _mean_2x2(x):
     return tf.nn.avg_pool2d(x, 2, 2, "VALID"), gradient
 
 
-def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution, half_pixel=True):
+def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution, **options):
     """RoIAlign from the pyramid level that fits each RoI's size (FPN, arXiv:1612.03144 eq. 1).
 
     Args:
         extended_pyramid: list of `extend_border` maps. strides: pixels per cell of each. One level serves every RoI.
-        boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R]. half_pixel: see `roi_align`.
+        boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R]. options: of `roi_align`.
     Returns:
         float32 [R, resolution, resolution, C]
     """
-    options = dict(resolution=resolution, half_pixel=half_pixel)
+    options["resolution"] = resolution
     if len(strides) == 1:
         return roi_align(extended_pyramid[0], boxes / strides[0], image_index, **options)
     level = roi_level(boxes, num_levels=len(strides))

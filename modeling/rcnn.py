@@ -249,23 +249,28 @@ class _Conventions(NamedTuple):
     Also different, and without effect that could be measured: the epsilon in the rule that assigns RoIs to levels.
     """
 
-    half_pixel: bool  # see `box_ops.roi_align`
+    half_pixel: bool  # of `box_ops.roi_align`
+    adaptive: bool  # of `box_ops.roi_align`
     rounded_anchors: bool  # to whole pixels
     fitted_anchors: bool  # lie as many whole pixels apart as cells of the padded image fit in, not the level's stride
     largest_box: float | None  # from the smallest anchor to this many pixels a box may grow; None: to the largest image
     norm_first: bool  # in box and mask heads: GroupNorm, then ReLU
 
 
+REFERENCE = _Conventions(
+    half_pixel=True,
+    adaptive=False,
+    rounded_anchors=False,
+    fitted_anchors=False,
+    largest_box=None,
+    norm_first=False,
+)
 CONVENTIONS = {
-    "tensorpack": _Conventions(
-        half_pixel=True, rounded_anchors=False, fitted_anchors=False, largest_box=None, norm_first=False
-    ),
-    "torchvision": _Conventions(
+    "tensorpack": REFERENCE,
+    "torchvision": REFERENCE._replace(
         half_pixel=False, rounded_anchors=True, fitted_anchors=True, largest_box=1000, norm_first=True
     ),
-    "detectron2": _Conventions(
-        half_pixel=True, rounded_anchors=False, fitted_anchors=False, largest_box=1000, norm_first=True
-    ),
+    "detectron2": REFERENCE._replace(adaptive=True, largest_box=1000, norm_first=True),
 }
 
 
@@ -335,6 +340,7 @@ class _RoIFeatures:
             image_index,
             resolution=resolution,
             half_pixel=_conventions().half_pixel,
+            adaptive=_conventions().adaptive,
         )
         return tf.cast(aligned, self._dtype)
 

@@ -1,5 +1,8 @@
 """ResNet and the feature pyramid against the published description in NumPy: paddings, sizes, frozen variables."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -9,6 +12,7 @@ from config import CHOICES
 from modeling import backbone, fpn, layers
 
 tfv1 = tf.compat.v1
+ROOT = Path(__file__).parent.parent
 
 # ------------------------------------------------------------------------------------------------------ ResNet in NumPy
 
@@ -274,3 +278,18 @@ def test_fpn_equals_the_definition(norm):
     assert len(values) == 8 * (4 if norm == "GN" else 2)
     for output, expected in zip(outputs, slow_fpn(features, values, normalised=norm == "GN")):
         np.testing.assert_allclose(output, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_backbone_that_notes_shows_makes_a_detector(monkeypatch):
+    """Adding one is one function: it returns four maps of the right strides, is frozen, and a pyramid goes on top."""
+    code = re.search(r"```python\n(def plain.*?)```", (ROOT / "NOTES.md").read_text(), re.DOTALL).group(1)
+    monkeypatch.setattr(backbone, "BACKBONES", dict(backbone.BACKBONES))
+    exec(code, vars(backbone))
+    with tf.Graph().as_default():
+        maps = backbone.BACKBONES["plain"](
+            tf.zeros([1, 64, 96, 3]), **{**OPTIONS, "freeze_at": 2}, num_blocks=(1, 1, 1, 1), epsilon=1e-5
+        )
+        assert [x.shape.as_list() for x in maps] == [[1, 64 // s, 96 // s, s] for s in (4, 8, 16, 32)]
+        trained = {variable.op.name.split("/")[0] for variable in tfv1.trainable_variables()}
+        assert trained == {"group2", "group3", "group4"}
+        assert fpn.fpn(maps, channels=4, norm="None")[0].shape == [1, 16, 24, 4]

@@ -144,12 +144,12 @@ def test_image_index_repeats_each_image_for_its_slots():
 # ---------------------------------------------------------------------------------------------------------------- heads
 
 
-def run_head(name, x, rng):
+def run_head(name, x, rng, **options):
     head, norm = box_head.HEADS[name]
     shape = [None, *x.shape[1:]]
 
     def build(x):
-        return head(tf.ensure_shape(x, shape), conv_channels=6, fc_channels=5, norm=norm), variables()
+        return head(tf.ensure_shape(x, shape), conv_channels=6, fc_channels=5, norm=norm, **options), variables()
 
     return evaluate(build, x, random_variables=rng)
 
@@ -167,17 +167,20 @@ def test_head_of_two_fully_connected_layers():
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name, normalised", [("fastrcnn_4conv1fc_head", False), ("fastrcnn_4conv1fc_gn_head", True)])
-def test_head_of_four_convolutions(name, normalised):
-    """Nothing comes after the normalisation."""
+def test_head_of_four_convolutions(name, normalised, norm_first):
+    """Nothing comes after the normalisation, unless it comes before the ReLU."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(2, 3, 3, 4)).astype(np.float32)
-    y, values = run_head(name, x, rng)
+    y, values = run_head(name, x, rng, norm_first=norm_first)
     expected = x
     for i in range(4):
-        expected = relu(convolve(expected, values[f"conv{i}/W"], bias=values[f"conv{i}/b"], before=1, after=1))
+        expected = convolve(expected, values[f"conv{i}/W"], bias=values[f"conv{i}/b"], before=1, after=1)
+        expected = expected if normalised and norm_first else relu(expected)
         if normalised:
             expected = group_norm(expected, values[f"gn{i}/gamma"], values[f"gn{i}/beta"], groups=3)
+        expected = relu(expected) if norm_first else expected
     expected = fully_connected(expected.transpose(0, 3, 1, 2).reshape(2, -1), values, "fc")
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
 

@@ -337,6 +337,77 @@ def test_roi_align_and_its_gradient_equal_the_definition(resolution):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_roi_align_without_the_half_pixel_equals_torchvision_s_definition():
+    """Sample by sample: pixel centres at + 0; samples up to a pixel beyond the map take its border, others are 0; no
+    RoI is narrower than a cell."""
+    rng = np.random.default_rng(8)
+    features = rng.normal(size=(1, 7, 11, 2)).astype(np.float32)
+    boxes = np.float32([*ROIS.values(), *random_boxes(rng, 10, low=-1, high=8, size=3)])
+
+    def value(y, x):
+        if not (-1 <= y <= 7 and -1 <= x <= 11):
+            return np.zeros(2)
+        y, x = min(max(y, 0), 6), min(max(x, 0), 10)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, 6), min(left + 1, 10)
+        upper, lower = (
+            features[0, i, left] * (left + 1 - x) + features[0, i, right] * (x - left) for i in (top, bottom)
+        )
+        return upper * (top + 1 - y) + lower * (y - top)
+
+    def cell(box, i, j):
+        x1, y1, x2, y2 = np.float64(box)
+        width, height = max(x2 - x1, 1.0) / 3, max(y2 - y1, 1.0) / 3
+        places = [(y1 + (i + a) * height, x1 + (j + b) * width) for a in (0.25, 0.75) for b in (0.25, 0.75)]
+        return np.mean([value(*place) for place in places], axis=0)
+
+    crops = evaluate(
+        lambda features, boxes: box_ops.roi_align(
+            box_ops.extend_border(features), boxes, tf.zeros(len(ROIS) + 10, tf.int32), resolution=3, half_pixel=False
+        ),
+        features,
+        boxes,
+    )
+    expected = [[[cell(box, i, j) for j in range(3)] for i in range(3)] for box in boxes]
+    np.testing.assert_allclose(crops, expected, atol=1e-4)
+
+
+def adaptive_roi_align(features, boxes, image_index, upstream=None):
+    def build(features, boxes, image_index):
+        extended = box_ops.extend_border(features)
+        crops = box_ops.roi_align(extended, boxes, image_index, resolution=2, adaptive=True)
+        return crops, tf.gradients(crops, features, upstream)[0]
+
+    return evaluate(build, features, np.float32(boxes), np.int32(image_index))
+
+
+def test_adaptive_roi_align_takes_a_sample_per_pixel():
+    """Detectron2's `sampling_ratio=0`: of cells of 3.4 x 1.2 pixels, 4 x 2 samples; of empty ones, one."""
+    rng = np.random.default_rng(9)
+    features = rng.normal(size=(2, 9, 14, 3)).astype(np.float32)
+    boxes = np.float32([*ROIS.values(), *random_boxes(rng, 30, low=-1, high=8, size=4)])
+    image_index = rng.integers(0, 2, len(boxes))
+    upstream = rng.normal(size=(len(boxes), 2, 2, 3)).astype(np.float32)
+    crops, gradient = adaptive_roi_align(features, boxes, image_index, upstream)
+    counts = set()
+    for box, image, crop in zip(boxes, image_index, crops):
+        across, down = (max(int(np.ceil((box[i + 2] - box[i]) / np.float32(2))), 1) for i in (0, 1))
+        counts.add((across, down))
+        rows = sample_weights(box[1], box[3], 9, down).reshape(2, down, 9).mean(axis=1)
+        columns = sample_weights(box[0], box[2], 14, across).reshape(2, across, 14).mean(axis=1)
+        np.testing.assert_allclose(crop, np.einsum("iy,jx,yxc->ijc", rows, columns, features[image]), atol=1e-4)
+    assert len(counts) > 8
+    other = rng.normal(size=features.shape).astype(np.float32)
+    of_other, _ = adaptive_roi_align(other, boxes, image_index, upstream)
+    np.testing.assert_allclose(np.sum(gradient * other), np.sum(of_other * upstream), rtol=1e-3)  # it is linear
+
+
+def test_adaptive_roi_align_of_no_rois():
+    crops, gradient = adaptive_roi_align(np.ones((1, 4, 4, 3), np.float32), np.zeros((0, 4)), np.zeros(0))
+    assert crops.shape == (0, 2, 2, 3)
+    assert not gradient.any()
+
+
 def test_roi_align_of_a_ramp_is_the_ramp_at_the_centres_of_the_cells():
     rows, columns = np.mgrid[:8, :9] + 0.5
     ramp = np.float32(3 * columns + 10 * rows)[None, :, :, None]

@@ -5,13 +5,14 @@ import json
 import logging
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from config import GROUPS, Config, ConfigError, UserError, config, lr_schedule_steps
+from config import FLAT_DEFAULTS, GROUPS, Config, ConfigError, UserError, as_overrides, config, lr_schedule_steps
 
 HERE = Path(__file__).parent
 GN = {
@@ -271,6 +272,59 @@ def test_fresh_trees_share_nothing():
     first, second = Config(), Config()
     first.update(["TRAIN.BASE_LR=3", "DATA.TRAIN=a"])
     assert second.changes() == {} and Config().TRAIN.BASE_LR == 0.01
+
+
+# ------------------------------------------------------------------------------------------- what weights need
+
+NEEDED = {"BACKBONE.STRIDE_1X1": True, "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0], "MODE_MASK": False}
+
+
+def test_adopted_settings_replace_defaults_alone():
+    config = Config()
+    config.update(["PREPROC.PIXEL_STD=[1,1,1]", "MODE_MASK=True"])  # the same; and one that costs no accuracy
+    config.adopt(NEEDED, source="weights.npz")
+    assert (config.BACKBONE.STRIDE_1X1, config.PREPROC.PIXEL_STD, config.MODE_MASK) == (True, (1.0, 1.0, 1.0), True)
+
+
+def test_a_contradiction_names_both_and_what_to_paste():
+    config = Config()
+    config.update(["PREPROC.PIXEL_STD=[2,2,2]", "BACKBONE.STRIDE_1X1=False"])
+    message = message_of(lambda settings: config.adopt(settings, source="weights.npz"), NEEDED)
+    assert message == (
+        "weights.npz was trained otherwise than with BACKBONE.STRIDE_1X1=False PREPROC.PIXEL_STD='[2.0,2.0,2.0]': "
+        "leave that out, or give BACKBONE.STRIDE_1X1=True PREPROC.PIXEL_STD='[1.0,1.0,1.0]'"
+    )
+    assert config.MODE_MASK is True  # nothing was set
+
+
+def test_a_saved_configuration_counts_as_given(tmp_path):
+    Config().save(tmp_path / "config.json")
+    config = Config()
+    config.load(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="weights.npz was trained otherwise than with BACKBONE.STRIDE_1X1=False"):
+        config.adopt(NEEDED, source="weights.npz")
+
+
+@pytest.mark.parametrize("settings", [{"NO.KEY": 1}, {"BACKBONE.STRIDE_1X1": "yes"}])
+def test_adopted_settings_are_checked(settings):
+    with pytest.raises(ConfigError, match="^weights.npz: "):
+        Config().adopt(settings, source="weights.npz")
+
+
+def test_what_is_given_within_temporary_is_forgotten():
+    config = Config()
+    with config.temporary():
+        config.update(["BACKBONE.STRIDE_1X1=False"])
+    config.adopt(NEEDED, source="weights.npz")
+    assert config.BACKBONE.STRIDE_1X1 is True
+
+
+def test_settings_as_text_can_be_pasted():
+    """Through a shell: every key."""
+    settings = FLAT_DEFAULTS | {"DATA.CLASS_NAMES": ("BG", "stop sign", "it's")}
+    config = Config()
+    config.update(shlex.split(as_overrides(settings)))
+    assert {key: config.value(key) for key in settings} == settings
 
 
 # ------------------------------------------------------------------------------------------------- unknown keys

@@ -18,24 +18,29 @@ def upsampled(x, values):
     return relu(y + values["maskrcnn/deconv/b"])
 
 
-@pytest.mark.parametrize("num_convs, norm", [(0, "None"), (2, "None"), (2, "GN")])
+@pytest.mark.parametrize(
+    "num_convs, norm, norm_first", [(0, "None", False), (2, "None", True), (2, "GN", False), (2, "GN", True)]
+)
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
-def test_head_equals_the_definition(num_convs, norm, dtype):
-    """Convolution, ReLU, nothing after the normalisation; then twice the size, and a mask for each class."""
+def test_head_equals_the_definition(num_convs, norm, norm_first, dtype):
+    """Convolution, ReLU, then the normalisation, or that before the ReLU; then twice the size, a mask per class."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(3, 4, 4, 6)).astype(np.float32)
 
     def build(x):
         x = tf.cast(x, dtype)
-        return mask_head.mask_head(x, num_convs=num_convs, channels=6, num_classes=5, norm=norm), variables()
+        options = dict(num_convs=num_convs, channels=6, num_classes=5, norm=norm, norm_first=norm_first)
+        return mask_head.mask_head(x, **options), variables()
 
     logits, values = evaluate(build, features, random_variables=rng)
     assert (logits.shape, logits.dtype) == ((3, 8, 8, 5), np.float32)
     x = features
     for i in range(num_convs):
-        x = relu(convolve(x, values[f"maskrcnn/fcn{i}/W"], bias=values[f"maskrcnn/fcn{i}/b"], before=1, after=1))
+        x = convolve(x, values[f"maskrcnn/fcn{i}/W"], bias=values[f"maskrcnn/fcn{i}/b"], before=1, after=1)
+        x = x if norm == "GN" and norm_first else relu(x)
         if norm == "GN":
             x = group_norm(x, values[f"maskrcnn/gn{i}/gamma"], values[f"maskrcnn/gn{i}/beta"], groups=3)
+        x = relu(x) if norm_first else x
     expected = convolve(upsampled(x, values), values["maskrcnn/conv/W"], bias=values["maskrcnn/conv/b"])
     np.testing.assert_allclose(logits, expected, atol=(1e-4 if dtype == tf.float32 else 0.03) * np.abs(expected).max())
 

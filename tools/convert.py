@@ -68,7 +68,7 @@ def export_weights(arguments):
     settings.update(arguments.set)
     model = torchvision.counterpart(values, settings)
     arrays = mapping.to_theirs(model, values)
-    print(f"{path}: {model.name}")
+    print(f"{path}: {model.name}" + (f", SHA-256 {_sha256(path)}" if path.is_file() else ""))
     print_table(arrays, model, values)
     _write(arguments.output, lambda file: files.write_torch(file, arrays))
     print(f"{arguments.output}: {len(arrays)} arrays, SHA-256 {_sha256(arguments.output)}")
@@ -89,8 +89,11 @@ def import_weights(arguments):
         raise UserError(f"{arguments.output}: the result is a .npz")
     arrays = _without_wrapping(files.read(arguments.source))
     sha256 = _sha256(arguments.source)
-    model = recognise(arrays, source=arguments.source, sha256=sha256, all_slots=arguments.all_slots)
-    values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
+    try:
+        model = recognise(arrays, sha256=sha256, all_slots=arguments.all_slots)
+        values, leftover = mapping.from_theirs(model, arrays, allow_leftover=arguments.allow_leftover)
+    except mapping.MappingError as error:
+        raise mapping.MappingError(f"{arguments.source}: {error}") from error
     settings = _with_overrides({**model.settings, **_sizes(values)}, arguments.set)
     print(f"{arguments.source}: {model.name}, SHA-256 {sha256}")
     print_table(arrays, model, values)
@@ -100,16 +103,16 @@ def import_weights(arguments):
     print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
 
 
-def recognise(arrays, *, source, **options):
+def recognise(arrays, **options):
     """The Model of the first system that knows the names."""
     for system in SYSTEMS:
         try:
             model = system.recognise(arrays, **options)
         except (ValueError, IndexError, TypeError) as error:  # what comes of unpacking shapes that no model has
-            raise mapping.MappingError(f"{source} has names of a known model, but other shapes: {error}") from error
+            raise mapping.MappingError(f"it has names of a known model, but other shapes: {error}") from error
         if model:
             return model
-    raise mapping.MappingError(f"{source} is no model that is known here; it holds {', '.join(list(arrays)[:3])} ...")
+    raise mapping.MappingError(f"it is no model that is known here; it holds {', '.join(list(arrays)[:3])} ...")
 
 
 def _without_wrapping(arrays):

@@ -208,8 +208,7 @@ def _detector(names, *, is_c4):
         **heads,
         **_backbone_settings(name, num_blocks, names),
         **pixels,
-        "RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512],
-        "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0],
+        **_anchors(arrays),
         **_box_weights(is_cascade),
         **coco.settings(num_classes),
     }
@@ -220,8 +219,21 @@ def _detector(names, *, is_c4):
         settings,
         ignored=_no_weights(arrays),
         added=added,
-        notes=(note, "RoIAlign takes 2x2 samples a cell, not as many as a large RoI has pixels: see NOTES.md"),
+        notes=(note,),
     )
+
+
+def _anchors(arrays):
+    """Sizes and ratios of the anchors [K, 4] of each level that the file holds; the usual ones if it holds none."""
+    cells = [x for name, x in sorted(arrays.items()) if "anchor_generator.cell_anchors" in name]
+    if not cells:
+        return {"RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512], "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0]}
+    x1, y1, x2, y2 = np.float64(np.concatenate(cells)).T
+    sizes, ratios = np.sqrt((x2 - x1) * (y2 - y1)), (y2 - y1) / (x2 - x1)
+    return {
+        f"RPN.ANCHOR_{name}": list(dict.fromkeys(np.round(values, 3).tolist()))
+        for name, values in (("SIZES", sizes), ("RATIOS", ratios))
+    }
 
 
 def _box_weights(is_cascade):

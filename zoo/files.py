@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid):
         """What PyTorch keeps outside of the pickle."""
         kind, (code,), key, _, count, *view = pid
-        if kind != "storage" or view not in ([], [None]):
+        if kind != "storage" or view not in ([], [None]) or code not in STORAGES.values():
             raise FileError("it refers to data of an unknown kind")
         return _Storage(str(key), np.dtype(code).newbyteorder("<"), int(count))
 
@@ -135,7 +135,6 @@ class _Tensor(NamedTuple):
     offset: int
     shape: tuple
     stride: tuple
-    ignored: Any = None
 
     def array(self, numbers):
         """The tensor, a copy; its place is checked to lie within `numbers`, the storage's."""
@@ -168,7 +167,7 @@ class _PickledArray:
 class _PickledDtype:
     """What stands for a NumPy dtype while its pickle is read."""
 
-    def __init__(self, code, *ignored):
+    def __init__(self, code):
         self.code, self.byte_order = code, "<"
 
     def __setstate__(self, state):
@@ -195,21 +194,19 @@ def _encode_latin1(text, encoding):
     return text.encode("latin1")
 
 
+# What a pickle may name, and what it gets: functions and built-in types, whose attributes it can't usefully change.
 TORCH = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor"): _Tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, stride, *_: _Tensor(
-        storage, offset, shape, stride
-    ),
+    ("torch._utils", "_rebuild_tensor"): lambda *view: _Tensor(*view[:4]),
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *view: _Tensor(*view[:4]),
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    # Instances, with which a pickle can do nothing, in place of classes.
     **{("torch", name): (code,) for name, code in STORAGES.items()},
 }
 NUMPY = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _encode_latin1,
-    ("numpy", "dtype"): _PickledDtype,
+    ("numpy", "dtype"): lambda code, *_: _PickledDtype(code),
     ("numpy", "ndarray"): "ndarray",
     **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _PickledArray() for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): lambda *_: None for core in ("core", "_core")},
