@@ -4,14 +4,19 @@ Class names and category ids come from the file itself. What makes a file unusab
 one message; what single objects lack leaves them out of training, counted, and ends it where there are too many.
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -29,11 +34,11 @@ class CocoDataset(Dataset):
     A subclass with another `read_content` reads another format: see docs/custom_data.md.
     """
 
-    def __init__(self, name, annotation_file, image_dir, *, max_images=None, hint=""):
+    def __init__(self, name, source_file, image_dir, *, max_images=None, hint=""):
         """Read and check everything but the images' content.
 
         Args:
-            annotation_file: path of the json.
+            source_file: path of the annotations: the json.
             image_dir: directory that `file_name` is relative to.
             max_images: use only so many images, those with the lowest ids.
             hint: what to tell users whose files are missing.
@@ -43,9 +48,9 @@ class CocoDataset(Dataset):
         """
         started = time.perf_counter()
         self.name = name
-        self.annotation_file = os.path.expanduser(annotation_file)
-        self.image_dir = os.path.expanduser(image_dir)
-        _check_paths(name, self.annotation_file, self.image_dir, hint)
+        self.source_file = str(Path(source_file).expanduser())
+        self.image_dir = str(Path(image_dir).expanduser())
+        _check_paths(name, self.source_file, self.image_dir, hint)
         with gc_paused():
             self._load(self.read_content(), max_images)
         logger.info(
@@ -59,11 +64,19 @@ class CocoDataset(Dataset):
         Raises:
             DatasetError: the file cannot be read as such.
         """
-        return read_json(self.annotation_file)
+        return read_json(self.source_file)
 
-    def ground_truth(self):
-        """See Dataset.ground_truth."""
-        return self.annotation_file if type(self).read_content is CocoDataset.read_content else self.read_content()
+    @functools.cached_property
+    def annotation_file(self):
+        """See Dataset. Where the source is of another format, a copy in COCO's, removed when the program ends."""
+        if type(self).read_content is CocoDataset.read_content:
+            return self.source_file
+        directory = tempfile.mkdtemp(prefix="annotations-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        path = os.path.join(directory, f"{self.name}.json")
+        with open(path, "w") as file:
+            json.dump(self.read_content(), file)
+        return path
 
     def records(self, *, training, filter_empty=True, masks=True, max_dropped=1.0):
         """See Dataset.records."""
@@ -71,7 +84,7 @@ class CocoDataset(Dataset):
             return list(self._records)
         if masks and self._without_segmentation:
             raise DatasetError(
-                f"{self.annotation_file}: {rules.count(len(self._without_segmentation), 'annotation')} without "
+                f"{self.source_file}: {rules.count(len(self._without_segmentation), 'annotation')} without "
                 f"segmentation (the first: id {self._without_segmentation[0]}): add it, or train without masks "
                 "(MODE_MASK=False)"
             )
@@ -85,7 +98,7 @@ class CocoDataset(Dataset):
         if len(kept) < len(records):
             logger.info(f"{self.name}: {len(records) - len(kept)} images without objects left out of training")
         if not kept:
-            raise DatasetError(f"{self.annotation_file}: no image with an object is left to train on")
+            raise DatasetError(f"{self.source_file}: no image with an object is left to train on")
         return kept
 
     def _load(self, content, max_images):
@@ -139,11 +152,11 @@ class CocoDataset(Dataset):
                     f"{len(names)} of {rules.count(len(self.image_ids), 'image')} {what} {self.image_dir}: {listed}"
                 )
         if len(problems) == 1:
-            raise DatasetError(f"{self.annotation_file}: {problems[0]}")
+            raise DatasetError(f"{self.source_file}: {problems[0]}")
         if problems:
             listed = rules.name_some(problems, separator=_NEXT_LINE)
             raise DatasetError(
-                f"{self.annotation_file}: {len(problems)} problems (python -m tools.doctor lists all):\n  {listed}"
+                f"{self.source_file}: {len(problems)} problems (python -m tools.doctor lists all):\n  {listed}"
             )
 
     def _report_dropped(self, masks, max_dropped):
@@ -159,7 +172,7 @@ class CocoDataset(Dataset):
         )
         if len(dropped) > max_dropped * self._num_objects():
             raise TooManyDropped(
-                f"{self.annotation_file}: {what}\nThat is more than {max_dropped:.2%}: mend the file (python -m "
+                f"{self.source_file}: {what}\nThat is more than {max_dropped:.2%}: mend the file (python -m "
                 "tools.doctor --fix does), or raise DATA.MAX_DROPPED"
             )
         logger.warning(f"{self.name}: {what}")
@@ -206,9 +219,9 @@ def gc_paused():
             gc.enable()
 
 
-def _check_paths(name, annotation_file, image_dir, hint):
+def _check_paths(name, source_file, image_dir, hint):
     for path, exists, what in (
-        (annotation_file, os.path.isfile, "annotation file"),
+        (source_file, os.path.isfile, "annotation file"),
         (image_dir, os.path.isdir, "image directory"),
     ):
         if not exists(path):

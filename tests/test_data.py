@@ -1,5 +1,6 @@
 """From files to batches: against Pillow, against what is painted in the images, and with workers that fail or die."""
 
+import dataclasses
 import gc
 import hashlib
 import io
@@ -26,12 +27,13 @@ from PIL import Image
 import boxes
 import data
 from config import Config
-from dataset import Record, get_dataset
+from dataset import DatasetError, Record, get_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60  # seconds, for what should take well under one
 
-SETTINGS = {"batch_size": 1, "short_edge": 64, "max_size": 128, "multiple": 32, "with_masks": True, "seed": 7}
+AUGMENTATION = {"short_edge": 64, "max_size": 128}
+SETTINGS = {"batch_size": 1, "multiple": 32, "with_masks": True, "seed": 7}
 EVALUATION = {"batch_size": 2, "short_edge": 64, "max_size": 128, "multiple": 32}
 
 # Objects of different shape, none symmetric, in an image 90 wide and 60 high: x, y, ...
@@ -73,8 +75,15 @@ def records(tmp_path_factory):
     return [make_record(folder, i, *size, polygons) for i, (size, polygons) in enumerate(zip(sizes, objects), 11)]
 
 
+def split_off_augmentation(changes):
+    """(Augmentation, the other settings)."""
+    fields = {name: changes.pop(name) for name in data.Augmentation._fields if name in changes}
+    return data.Augmentation(**fields), changes
+
+
 def stream(records, **changes):
-    return data.TrainingData(records, **{**SETTINGS, **changes})
+    augmentation, others = split_off_augmentation({**AUGMENTATION, **SETTINGS, **changes})
+    return data.TrainingData(records, augmentation=augmentation, **others)
 
 
 def take(batches, count):
@@ -292,7 +301,7 @@ def test_pad_images(multiple, expected):
 def test_polygons_drawn_in_part_equal_polygons_drawn_in_full():
     rng = np.random.default_rng(0)
     height, width = 83, 101
-    view = data.View(height, width, 1.0, 1.0, False)
+    view = data.View(height, width)
     wrong = []
     for _ in range(300):
         # Whole numbers, so that shifting them is exact. Many reach outside.
@@ -306,7 +315,7 @@ def test_polygons_drawn_in_part_equal_polygons_drawn_in_full():
 
 
 def test_masks_come_without_polygons_too():
-    view = data.View(10, 13, 1.0, 1.0, False)
+    view = data.View(10, 13)
     assert view.draw_masks([None, []]).shape == (2, 10, 2)
     assert not view.draw_masks([None, []]).any()
     assert view.draw_masks([]).shape == (0, 10, 2)
@@ -317,7 +326,8 @@ def test_masks_come_without_polygons_too():
 
 def seen_twice(record, **changes):
     """The same image as it is and mirrored: two positions of its stream, told apart by the painted picture."""
-    maker = data.ExampleMaker(**{"short_edge": 75, "max_size": 400, "with_masks": True, "seed": 0, **changes})
+    augmentation, others = split_off_augmentation({"short_edge": 75, "max_size": 400, **changes})
+    maker = data.ExampleMaker(augmentation, **{"with_masks": True, "seed": 0, **others})
     examples = {}
     for position in range(50):
         example = maker(data.TrainingTask(record, position))
@@ -415,11 +425,37 @@ def test_lines_and_single_pixels(tmp_path, height, width):
 @pytest.mark.parametrize(("height", "width", "said"), [(60, 91, "91 x 60"), (90, 60, "60 x 90.*EXIF")])
 def test_an_image_of_another_size_than_its_record_is_refused(tmp_path, height, width, said):
     good = make_record(tmp_path, 1, 60, 90)
-    bad = Record(1, good.path, height, width, good.boxes_xyxy, good.labels, good.is_crowd, good.segmentations)
-    with pytest.raises(data.ImageError, match=rf"1\.png: the image is 90 x 60 pixels, but .* {said}"):
+    bad = dataclasses.replace(good, height=height, width=width)
+    with pytest.raises(data.DataError, match=rf"1\.png: the image is 90 x 60 pixels, but .* {said}"):
         next(iter(stream([bad])))
-    with pytest.raises(data.ImageError, match=r"1\.png"):
+    with pytest.raises(data.DataError, match=r"1\.png"):
         next(iter(data.EvaluationData([bad], **EVALUATION)))
+    # And before anything starts, from the header.
+    with pytest.raises(DatasetError, match=rf"^1 of 2 images .*\n.*1\.png: the image is 90 x 60 pixels, .* {said}"):
+        data.check_sizes([good, bad], max_share=0.4)
+    data.check_sizes([good, bad], max_share=0.5)
+    data.check_sizes([good], max_share=0.0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_in_the_header_is_the_size_of_the_image(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "image"
+    path.write_bytes(encode(smooth_picture(), kind, exif=exif))
+    assert data.image_size(str(path)) == data.load_image(str(path)).shape[:2]
+
+
+def test_sizes_of_a_large_data_set_are_sampled(tmp_path):
+    """Evenly: of the 1000 images, one file, those of the second half have another size than annotated."""
+    record = make_record(tmp_path, 1, 60, 90)
+    wrong = dataclasses.replace(record, width=91)
+    with pytest.raises(DatasetError, match="^250 of 500 images") as error:
+        data.check_sizes([record] * 500 + [wrong] * 500, max_share=0.49)
+    assert len(str(error.value).splitlines()) == 1 + data.NAMED_IMAGES
+    unreadable = dataclasses.replace(record, path=str(tmp_path / "none.png"))
+    data.check_sizes([unreadable], max_share=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -428,7 +464,7 @@ def test_an_image_of_another_size_than_its_record_is_refused(tmp_path, height, w
 def test_a_batch_is_its_examples_padded(tmp_path):
     wide = [make_record(tmp_path, 1, 60, 90, [TRIANGLE]), make_record(tmp_path, 2, 45, 90, [TRIANGLE, ARROW])]
     tasks = [data.TrainingTask(record, position) for position, record in enumerate(wide, 5)]
-    maker = data.ExampleMaker(short_edge=45, max_size=200, with_masks=True, seed=3)
+    maker = data.ExampleMaker(data.Augmentation(short_edge=45, max_size=200), with_masks=True, seed=3)
     # 45 x 68 and 45 x 90: one packs into 9 bytes, the other into 12.
     for multiple, height, width in ((32, 64, 96), (1, 45, 90)):
         examples = [maker(task) for task in tasks]
@@ -540,11 +576,54 @@ def test_batches_do_not_depend_on_the_number_of_workers(records):
     assert children() == before
 
 
-def test_an_unreadable_image_ends_the_stream_by_name(records, tmp_path):
-    good = make_record(tmp_path, 1, 40, 60)
-    Path(good.path).write_bytes(b"no longer an image")
-    with pytest.raises(data.ImageError, match=r"1\.png: not readable"):
-        next(iter(stream([good])))
+def damaged(record, folder):
+    path = folder / Path(record.path).name
+    path.write_bytes(Path(record.path).read_bytes()[:60])
+    return dataclasses.replace(record, path=str(path))
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_is_skipped_and_nothing_else_changes(records, tmp_path, caplog):
+    settings = {"batch_size": 2, "short_edge": (50, 90), "seed": 5}
+    partly = [damaged(record, tmp_path) if record.image_id == 12 else record for record in records]
+    good = take(stream(records, **settings), 20)
+    runs = [take(stream(partly, **settings, max_skipped=0.2, num_workers=n), 20) for n in (0, 2)]
+    assert fingerprint(runs[0]) == fingerprint(runs[1])
+    replaced = 0
+    for before, after in zip(good, runs[0]):
+        np.testing.assert_array_equal(before["sample_key"], after["sample_key"])
+        assert 12 not in after["image_id"]
+        replaced += (before["image_id"] == 12).sum()
+        if 12 not in before["image_id"]:
+            assert fingerprint([before]) == fingerprint([after])
+    assert replaced > 2
+    # The same after an interruption, whose run does not know what was skipped before.
+    resumed = take(stream(partly, **settings, max_skipped=0.2, start=7), 13)
+    assert fingerprint(resumed) == fingerprint(runs[0][7:])
+    warnings = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(warnings) == 3, "one for each stream, however often the image comes"
+    assert all("12.png: not readable" in warning for warning in warnings)
+
+
+def test_too_many_unreadable_images_end_the_stream_by_name(records, tmp_path):
+    broken = [damaged(record, tmp_path) if record.image_id in (12, 13) else record for record in records]
+    take(stream(broken, max_skipped=2 / 7), 20)
+    with pytest.raises(
+        data.DataError, match=r"^2 of 7 images .* DATA\.MAX_DROPPED=0\.2 .*1[23]\.png: not readable"
+    ) as error:
+        take(stream(broken, max_skipped=0.2), 20)
+    assert error.value.exit_code == 4
+    everything = [damaged(record, tmp_path) for record in records]
+    with pytest.raises(data.DataError, match="no image can be read"):
+        take(stream(everything, max_skipped=1.0), 1)
+
+
+def test_only_the_first_skipped_images_are_named(caplog):
+    skipped = data.SkippedImages(1000, 1.0)
+    for number in [*range(1, 201), *range(1, 201)]:
+        skipped.add(f"{number}.jpg", f"{number}.jpg: broken")
+    named = [record.getMessage() for record in caplog.records]
+    assert named == [f"unreadable image {n}, skipped: {n}.jpg: broken" for n in (*range(1, 11), 100)]
 
 
 def numbers_but_13(task):
@@ -716,8 +795,13 @@ def test_evaluation_may_stop_early_and_raises_what_threads_raise(records, tmp_pa
     assert threading.active_count() == threads
     bad = make_record(tmp_path, 1, 60, 90)
     os.remove(bad.path)
-    with pytest.raises(data.ImageError, match=r"1\.png"):
+    with pytest.raises(data.DataError, match=r"1\.png"):
         list(data.EvaluationData([*records, bad], **EVALUATION, num_threads=2))
+    for num_threads in (0, 2):
+        groups = list(data.EvaluationData([bad, *records], **EVALUATION, max_skipped=0.2, num_threads=num_threads))
+        seen = [record.image_id for group, _ in groups for record in group]
+        assert sorted(seen) == [record.image_id for record in records]
+        assert all(len(group) == len(batch["image"]) == len(batch["image_shape"]) for group, batch in groups)
     assert list(data.EvaluationData([], **EVALUATION)) == []
 
 
