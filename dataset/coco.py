@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,41 +103,15 @@ class CocoDataset(Dataset):
         return kept
 
     def _load(self, content, max_images):
-        """Make the records of the json's content, which is emptied on the way to need less memory."""
         findings = []
-        categories = rules.check_categories(content["categories"], findings)
-        images = rules.check_images(content["images"], findings)
-        by_image = rules.check_annotations(content["annotations"], images, categories, findings)
-        content.clear()
-        self.category_ids = tuple(sorted(categories))
-        self.class_names = tuple(categories[category_id] for category_id in self.category_ids)
-        self.image_ids = tuple(sorted(image_id for image_id, image in images.items() if image)[:max_images])
-        rules.check_files([images[i]["file_name"] for i in self.image_ids], self.image_dir, findings)
-        self._labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
-        self._records, self._faults, self._without_segmentation = [], {}, []
-        for image_id in self.image_ids:
-            self._add_record(images[image_id], by_image.pop(image_id, ()), findings)
+        annotations = read_annotations(content, self.image_dir, findings, max_images=max_images)
+        self._records, self._faults = annotations.records, annotations.faults
+        self._without_segmentation = annotations.without_segmentation
+        self.category_ids = tuple(annotations.categories)
+        self.class_names = tuple(annotations.categories.values())
+        self.image_ids = tuple(record.image_id for record in self._records)
         self._refuse(findings)
         self._dropped = [finding for finding in findings if finding.level == rules.DROPPED]
-
-    def _add_record(self, image, annotations, findings):
-        """Append one image's record; note the objects that training has to leave out."""
-        objects = rules.check_objects(image, annotations, findings)
-        if any(objects.faults):
-            self._faults[len(self._records)] = objects.faults
-        self._without_segmentation += [a["id"] for a in annotations if rules.lacks_segmentation(a)]
-        self._records.append(
-            Record(
-                image_id=image["id"],
-                path=os.path.join(self.image_dir, image["file_name"]),
-                height=image["height"],
-                width=image["width"],
-                boxes_xyxy=objects.boxes_xyxy,
-                labels=np.array([self._labels[a["category_id"]] for a in annotations], np.int64),
-                is_crowd=np.array([bool(a.get("iscrowd")) for a in annotations], bool),
-                segmentations=objects.segmentations,
-            )
-        )
 
     def _refuse(self, findings):
         """DatasetError with a line for each problem that makes the file unusable; missing images are one problem."""
@@ -205,6 +180,61 @@ def read_json(path):
         if not content[key]:
             raise DatasetError(f'{path}: the list "{key}" is empty')
     return content
+
+
+class Annotations(NamedTuple):
+    """What can be used of a json.
+
+    categories: names by category id, in ascending order. records: of the images, in ascending order of their ids.
+    file_names: as in the json, by image id. faults: {index of a record: Objects.faults} where there are any.
+    without_segmentation: ids of annotations.
+    """
+
+    categories: dict
+    records: list
+    file_names: dict
+    faults: dict
+    without_segmentation: list
+
+
+def read_annotations(content, image_dir, findings, *, max_images=None, progress=iter):
+    """Annotations of a json's content, which is emptied on the way to need less memory.
+
+    Args:
+        content: from `read_json`. image_dir: directory that `file_name` is relative to.
+        findings: list; gets a rules.Finding for whatever is wrong.
+        max_images: see CocoDataset. progress: called with the list of image ids, returns it as an iterable.
+    """
+    categories = dict(sorted(rules.check_categories(content["categories"], findings).items()))
+    images = rules.check_images(content["images"], findings)
+    by_image = rules.check_annotations(content["annotations"], images, categories, findings)
+    content.clear()
+    image_ids = sorted(image_id for image_id, image in images.items() if image)[:max_images]
+    labels = {category_id: label for label, category_id in enumerate(categories, start=1)}
+    file_names = {image_id: images[image_id]["file_name"] for image_id in image_ids}
+    rules.check_files(file_names.values(), image_dir, findings)
+    annotations = Annotations(categories, records=[], file_names=file_names, faults={}, without_segmentation=[])
+    for image_id in progress(image_ids):
+        image, entries = images[image_id], by_image.pop(image_id, ())
+        objects = rules.check_objects(image, entries, findings)
+        if any(objects.faults):
+            annotations.faults[len(annotations.records)] = objects.faults
+        annotations.without_segmentation.extend(entry["id"] for entry in entries if rules.lacks_segmentation(entry))
+        annotations.records.append(_record(image, entries, objects, image_dir, labels))
+    return annotations
+
+
+def _record(image, entries, objects, image_dir, labels):
+    return Record(
+        image_id=image["id"],
+        path=os.path.join(image_dir, image["file_name"]),
+        height=image["height"],
+        width=image["width"],
+        boxes_xyxy=objects.boxes_xyxy,
+        labels=np.array([labels[entry["category_id"]] for entry in entries], np.int64),
+        is_crowd=np.array([bool(entry.get("iscrowd")) for entry in entries], bool),
+        segmentations=objects.segmentations,
+    )
 
 
 @contextlib.contextmanager
