@@ -564,6 +564,154 @@ def test_no_image_at_all_is_an_error():
         stream([])
 
 
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+def crops(record, count, *, crop_size=64, crop_scale=(0.5, 2.0), with_masks=True, seed=0):
+    augmentation = data.Augmentation(64, 96, crop_size=crop_size, crop_scale=crop_scale)
+    maker = data.ExampleMaker(augmentation, with_masks=with_masks, seed=seed)
+    return [maker(data.TrainingTask(record, position)) for position in range(count)]
+
+
+def test_crops_are_as_large_as_asked_and_scaled_at_random(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE])
+    shapes = [example["image"].shape[:2] for example in crops(record, 300)]
+    assert max(max(shape) for shape in shapes) == 64
+    # Long edges from 32 to 128, evenly: two thirds are cut to 64; the short edges are two thirds as long.
+    assert 0.57 < np.mean([shape[1] == 64 for shape in shapes]) < 0.77
+    assert min(shape[1] for shape in shapes) < 36
+    for height, width in shapes:
+        assert width == 64 or abs(height - max(32, width * 2 / 3)) <= 1
+    fixed = {example["image"].shape[:2] for example in crops(record, 20, crop_scale=(1.0, 1.0))}
+    assert fixed == {(43, 64)}
+
+
+def test_boxes_and_masks_follow_the_objects_into_the_crop(tmp_path):
+    """The objects are painted: what is white in a channel of the example is what is left of one."""
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW])
+    cut, left_out = 0, 0
+    for example in crops(record, 200):
+        width = example["image"].shape[1]
+        labels = example["gt_labels"].tolist()
+        left_out += 2 - len(labels)
+        for label in (1, 2):
+            painted = example["image"][..., label - 1] > 150
+            if label not in labels:
+                assert painted.sum() < 40
+                continue
+            slot = labels.index(label)
+            mask = unpack(example["gt_masks"], width)[slot]
+            assert mask_iou(mask, painted) > 0.85 or painted.sum() < 60
+            box = example["gt_boxes"][slot]
+            if painted.sum() > 60:
+                np.testing.assert_allclose(box, tight_box(painted), atol=3)  # a triangle has thin tips
+            cut += box.max() == 64 or box.min() == 0
+        assert len(example["gt_boxes"]) == len(example["gt_masks"]) == len(labels)
+    assert cut > 60 and left_out > 20
+
+
+def test_a_cut_box_is_the_box_of_the_mask_where_that_is_tighter(tmp_path):
+    """By hand: of an L, the crop may hold only the foot or only the stem."""
+    corner = [[0, 0], [10, 0], [10, 80], [80, 80], [80, 90], [0, 90]]
+    record = make_record(tmp_path, 1, 90, 90, [corner])
+    for with_masks in (True, False):
+        widths = set()
+        for example in crops(record, 60, crop_size=45, crop_scale=(2.0, 2.0), with_masks=with_masks):
+            assert ("gt_masks" in example) == with_masks
+            for box in example["gt_boxes"]:
+                widths.add(round(float(box[2] - box[0])))
+                white = tight_box(example["image"][..., 0] > 150)
+                np.testing.assert_allclose(box, white, atol=1)
+        # The stem alone is at most 10 wide; clipping its box would have left up to 45.
+        assert min(widths) <= 10 and max(widths) == 45
+    # Without a mask to look at, the box is clipped.
+    boxes_only = dataclasses.replace(record, segmentations=(None,))
+    clipped = crops(boxes_only, 60, crop_size=45, crop_scale=(2.0, 2.0), with_masks=False)
+    assert min(example["gt_boxes"][0, 2] - example["gt_boxes"][0, 0] for example in clipped) > 10
+
+
+def test_boxes_that_are_not_cut_stay_as_annotated(tmp_path):
+    """Also where the annotator was generous."""
+    loose = np.array([[2, 2, 60, 58]], np.float32)
+    record = dataclasses.replace(make_record(tmp_path, 1, 60, 90, [TRIANGLE]), boxes_xyxy=loose)
+    for example in crops(record, 20, crop_size=90, crop_scale=(1.0, 1.0)):
+        box = example["gt_boxes"][0]
+        np.testing.assert_allclose([box[1], box[3], box[2] - box[0]], [2, 58, 58], atol=1e-4)
+
+
+def test_run_length_encoded_masks_are_cropped_like_polygons(tmp_path):
+    rles = [boxes.encode_rle(boxes.segmentation_to_mask([np.array(p)], 60, 90)) for p in (TRIANGLE, ARROW)]
+    polygons = crops(make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW]), 60)
+    encoded = crops(make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW], segmentations=rles), 60)
+    ious = []
+    for one, other in zip(polygons, encoded):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        of_label = dict(zip(other["gt_labels"].tolist(), other["gt_masks"]))
+        for label, mask in zip(one["gt_labels"].tolist(), one["gt_masks"]):
+            if np.unpackbits(mask).sum() > 60 and label in of_label:
+                ious.append(mask_iou(np.unpackbits(mask), np.unpackbits(of_label[label])))
+    assert len(ious) > 60 and min(ious) > 0.8 and np.mean(ious) > 0.94
+
+
+def test_colour_jitter_by_definition():
+    rng = np.random.default_rng(0)
+    image = rng.integers(60, 180, (20, 30, 3), dtype=np.uint8)
+
+    class Fixed:
+        """Draws the ends of the ranges: the factors 1.2, 0.7 and 1.5."""
+
+        def __init__(self):
+            self._draws = iter([1.0, -1.0, 1.0])
+
+        def uniform(self, low, high):
+            return next(self._draws)
+
+    changed = data.jitter_color(image, (0.2, 0.3, 0.5), Fixed())
+    grey = image @ [0.114, 0.587, 0.299]
+    bright = image * 1.2
+    mean = grey.mean() * 1.2
+    expected = (bright - mean) * 0.7 + mean
+    own_grey = (expected @ [0.114, 0.587, 0.299])[..., None]
+    expected = np.clip((expected - own_grey) * 1.5 + own_grey, 0, 255)
+    np.testing.assert_allclose(changed, expected, atol=2)
+    assert changed.dtype == np.uint8
+    np.testing.assert_allclose(data.jitter_color(image, (0.0, 0.0, 0.0), rng), image, atol=1)
+
+
+def test_colour_jitter_changes_colours_only(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE])
+    (plain,), (coloured,), (again,) = (
+        take(stream([record], color_jitter=jitter), 1) for jitter in ((0.0,) * 3, (0.4,) * 3, (0.4,) * 3)
+    )
+    assert fingerprint([coloured]) == fingerprint([again])
+    for name in set(plain) - {"image"}:
+        np.testing.assert_array_equal(plain[name], coloured[name])
+    assert np.abs(plain["image"].astype(int) - coloured["image"]).mean() > 1
+
+
+def test_repeat_factors_by_hand(records):
+    """The classes of seven images: {1, 2}, {1}, {}, {1}, {1}, {1}, {}; ARROW alone has label 1."""
+    assert [sorted(record.labels.tolist()) for record in records] == [[1, 2], [1], [], [1], [1], [1], []]
+    rare, common = np.sqrt(0.9 * 7 / 1), np.sqrt(0.9 * 7 / 5)
+    factors = data.repeat_factors(records, 0.9)
+    np.testing.assert_allclose(factors, [rare, common, 1, common, common, common, 1])
+    np.testing.assert_array_equal(data.repeat_factors(records, 0.1), np.ones(7))
+    crowd = dataclasses.replace(records[0], is_crowd=np.array([False, True]))
+    assert data.repeat_factors([crowd, *records[1:]], 0.9)[0] == common, "a crowd region shows no object"
+
+
+def test_rare_classes_come_as_often_as_their_factor_says(records):
+    factors = data.repeat_factors(records, 0.9)
+    counts = Counter(index for ((_, index),) in planned(records, 5000, repeat_threshold=0.9))
+    expected = 5000 * factors / factors.sum()
+    np.testing.assert_allclose([counts[index] for index in range(7)], expected, rtol=0.1)
+    # Positions stay what they are, for shards and for a resume.
+    batches = planned(records, 40, repeat_threshold=0.9)
+    assert [position for ((position, _),) in batches] == list(range(40))
+    assert planned(records, 20, repeat_threshold=0.9, shard_index=1, num_shards=2) == batches[1::2]
+    assert planned(records, 40, repeat_threshold=0.0) == planned(records, 40)
+
+
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
