@@ -37,6 +37,7 @@ RULES = {
     "bad polygon": (NOTED, "polygon of fewer than 3 points or an odd count, left out"),
     "far polygon": (NOTED, "polygon far outside the image, cut off"),
     "vanishing": (NOTED, "object that vanishes at the training size"),
+    "unused class": (NOTED, "category without an object"),
     "same name": (NOTED, "category name that occurs twice"),
 }
 # Does not matter to a training without masks.

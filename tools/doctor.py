@@ -171,6 +171,9 @@ def statistics_of(annotations, findings):
     objects = collections.Counter(label for record in records for label in record.labels[~record.is_crowd].tolist())
     crowds = collections.Counter(label for record in records for label in record.labels[record.is_crowd].tolist())
     images = collections.Counter(label for record in records for label in np.unique(record.labels).tolist())
+    for k, (category_id, name) in enumerate(annotations.categories.items(), start=1):
+        if not objects[k]:
+            findings.append(rules.Finding("unused class", f"category id {category_id} ({name}) has no object"))
     kinds = collections.Counter(
         {list: "polygons", dict: "rle", type(None): "none"}[type(each)] for r in records for each in r.segmentations
     )
