@@ -67,6 +67,13 @@ def scale(boxes_xyxy, scale_x, scale_y):
     return boxes_xyxy * np.array([scale_x, scale_y, scale_x, scale_y], boxes_xyxy.dtype)
 
 
+def intersect(boxes_a, boxes_b):
+    """What each pair of boxes [..., 4] has in common; reversed boxes, of area 0, where that is nothing."""
+    a, b = np.asarray(boxes_a), np.asarray(boxes_b)
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    return np.concatenate([low, high], axis=-1)
+
+
 def base_anchors(sizes, ratios):
     """The anchors of one cell, centred on (0, 0), float32 [len(sizes) * len(ratios), 4], size-major.
 
@@ -147,6 +154,15 @@ def encode_rle(mask):
 def pack_masks(masks):
     """Masks [G, H, W] of 0 and 1 as bits, uint8 [G, H, ceil(W / 8)]: the leftmost pixel is the highest bit."""
     return np.packbits(np.asarray(masks) != 0, axis=-1, bitorder="big")
+
+
+def packed_mask_box(packed):
+    """The smallest box around a packed mask, uint8 [H, ceil(W / 8)], float32 [4]; zeros for an empty mask."""
+    rows = np.flatnonzero(packed.any(axis=1))
+    columns = np.flatnonzero(np.unpackbits(np.bitwise_or.reduce(packed, axis=0)))
+    if not len(rows):
+        return np.zeros(4, np.float32)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def paste_mask(mask, box_xyxy, height, width):

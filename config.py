@@ -44,12 +44,15 @@ DEFAULTS = dict(
     MODE_FPN=False,  # feature pyramid (strides 4 to 64) instead of C4's one map of stride 16
     DATA=dict(
         BASEDIR="/path/to/your/DATA/DIR",  # the folder that holds `annotations` and the image folders
-        TRAIN=["coco_train2017"],  # names of data sets (see dataset/), used as one
-        VAL=["coco_val2017"],  # names of data sets, evaluated one by one
+        TRAIN=["coco_train2017"],  # data sets, used as one: names (see dataset/) or ANNOTATIONS.json:IMAGE_DIR
+        VAL=["coco_val2017"],  # data sets, evaluated one by one
         NUM_CATEGORY=-1,  # classes without background; filled in from the training data
         CLASS_NAMES=[],  # their names after "BG", the background; filled in likewise
+        CATEGORY_IDS=[],  # their ids in the annotations of the training data; filled in likewise
         ABSOLUTE_COORD=True,  # boxes of the annotations are in pixels; the only kind that is read
         FILTER_EMPTY_ANNOTATIONS=True,  # leave images without objects out of training
+        MAX_DROPPED=0.01,  # share of broken objects, or of unreadable images, that is left out; more ends the run
+        REPEAT_THRESHOLD=0.0,  # images of classes that a smaller share of images shows come more often; LVIS: 0.001
         NUM_WORKERS=10,  # processes that prepare images; 0: in the main process
     ),
     BACKBONE=dict(
@@ -83,6 +86,9 @@ DEFAULTS = dict(
     ),
     PREPROC=dict(
         TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three and more to choose from
+        TRAIN_CROP_SIZE=0,  # above 0: long edges of this times TRAIN_CROP_SCALE, cut to squares of this size at random
+        TRAIN_CROP_SCALE=[0.1, 2.0],  # lowest and highest factor (large-scale jitter)
+        COLOR_JITTER=[0.0, 0.0, 0.0],  # brightness, contrast, saturation: factors from 1 - x to 1 + x
         TEST_SHORT_EDGE_SIZE=800,  # images are resized so that the short edge has this length ...
         MAX_SIZE=1333,  # ... or less, where the long edge would exceed this one; FPN: rounded up to a multiple of 32
         PIXEL_MEAN=[123.675, 116.28, 103.53],  # subtracted; red, green, blue on a scale of 0..255
@@ -147,6 +153,7 @@ TYPES = {
     "DATA.TRAIN": ([""], ""),  # one name becomes a list of one
     "DATA.VAL": ([""], ""),
     "DATA.CLASS_NAMES": ([""],),
+    "DATA.CATEGORY_IDS": ([0],),
     "TRAIN.NUM_GPUS": (None, 0),
     "TRAIN.LR_SCHEDULE": ([0], ""),
     "PREPROC.TRAIN_SHORT_EDGE_SIZE": (0, [0]),
@@ -451,6 +458,8 @@ LENGTHS = {
     "BACKBONE.RESNET_NUM_BLOCKS": 4,
     "PREPROC.PIXEL_MEAN": 3,
     "PREPROC.PIXEL_STD": 3,
+    "PREPROC.TRAIN_CROP_SCALE": 2,
+    "PREPROC.COLOR_JITTER": 3,
     "FRCNN.BBOX_REG_WEIGHTS": 4,
     "CASCADE.IOUS": 3,
     "CASCADE.BBOX_REG_WEIGHTS": 3,
@@ -461,8 +470,9 @@ RANGES = (
     (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
-        """RPN.POSITIVE_ANCHOR_THRESH RPN.NEGATIVE_ANCHOR_THRESH RPN.FG_RATIO RPN.PROPOSAL_NMS_THRESH FRCNN.FG_THRESH
-        FRCNN.FG_RATIO CASCADE.IOUS TEST.FRCNN_NMS_THRESH TEST.RESULT_SCORE_THRESH TEST.RESULT_SCORE_THRESH_VIS""",
+        """DATA.MAX_DROPPED DATA.REPEAT_THRESHOLD PREPROC.COLOR_JITTER RPN.POSITIVE_ANCHOR_THRESH
+        RPN.NEGATIVE_ANCHOR_THRESH RPN.FG_RATIO RPN.PROPOSAL_NMS_THRESH FRCNN.FG_THRESH FRCNN.FG_RATIO CASCADE.IOUS
+        TEST.FRCNN_NMS_THRESH TEST.RESULT_SCORE_THRESH TEST.RESULT_SCORE_THRESH_VIS""",
     ),
     (
         "0 or more",
@@ -470,6 +480,8 @@ RANGES = (
         """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR
         RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
     ),
+    ("whole numbers", lambda x: True, "DATA.CATEGORY_IDS"),
+    ("0 (no crop), or at least 32", lambda x: x == 0 or 32 <= x < 2**15, "PREPROC.TRAIN_CROP_SIZE"),
     ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
     ("-1 (not known yet) or above 0", lambda x: x == -1 or 0 < x < 2**31, "DATA.NUM_CATEGORY"),
     ("at least 16 and below 2**31", lambda x: 16 <= x < 2**31, "PREPROC.MAX_SIZE"),
@@ -488,6 +500,7 @@ UNUSED = (
     ("FPN.CASCADE=False", "CASCADE."),
     ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
     ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
+    ("PREPROC.TRAIN_CROP_SIZE=0", "PREPROC.TRAIN_CROP_SCALE"),
 )
 
 
@@ -536,10 +549,14 @@ def _contradictions(c):
     edges = c.PREPROC.TRAIN_SHORT_EDGE_SIZE
     if edges == () or (isinstance(edges, tuple) and len(edges) == 2 and edges[0] > edges[1]):
         yield "PREPROC.TRAIN_SHORT_EDGE_SIZE must be one size, [low, high], or a list of sizes"
+    if list(c.PREPROC.TRAIN_CROP_SCALE) != sorted(c.PREPROC.TRAIN_CROP_SCALE):
+        yield "PREPROC.TRAIN_CROP_SCALE must be [low, high]"
     if not c.DATA.TRAIN or not all(c.DATA.TRAIN + c.DATA.VAL):
-        yield "DATA.TRAIN and DATA.VAL must be names of data sets"
+        yield "DATA.TRAIN and DATA.VAL must be names of data sets, or ANNOTATIONS.json:IMAGE_DIR"
     if names and (names[0] != "BG" or len(names) != c.DATA.NUM_CATEGORY + 1):
         yield 'DATA.CLASS_NAMES must be "BG" and one name for each of DATA.NUM_CATEGORY classes'
+    if c.DATA.CATEGORY_IDS and len(set(c.DATA.CATEGORY_IDS)) != c.DATA.NUM_CATEGORY:
+        yield "DATA.CATEGORY_IDS must be one id for each of DATA.NUM_CATEGORY classes"
     try:
         lr_schedule_steps(c.TRAIN.LR_SCHEDULE)
     except ConfigError as error:

@@ -15,7 +15,9 @@ Imports neither TensorFlow nor tensorpack (whose import is TensorFlow's): worker
 import atexit
 import contextlib
 import fcntl
+import functools
 import glob
+import io
 import itertools
 import logging
 import multiprocessing
@@ -33,10 +35,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
 import boxes
 from config import UserError, config
-from dataset import Record
+from dataset import DatasetError, Record
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,14 @@ FPN_MULTIPLE = 32
 # No edge is resized below the coarsest stride (a 1 x 5000 image would vanish).
 MIN_EDGE = 32
 CROWD_LABEL = -1
+# A file of a few hundred bytes can ask for gigabytes: images of more pixels are never decoded.
+MAX_PIXELS = 100_000_000
+# A box that loses no more than this at an edge of the example is not cut.
+CUT_PIXELS = 0.5
+# How many images' sizes are compared with the annotations before a training, evenly spread; costs 0.1 ms each.
+SIZE_SAMPLE = 500
+# Images that cannot be read: so many are named, and so many others tried in the place of one.
+NAMED_IMAGES, SUBSTITUTES = 10, 100
 # Results that may wait for their turn, for each worker; bounds the memory.
 LOOKAHEAD_PER_WORKER = 3
 # What Linux lets any user ask for.
@@ -53,11 +64,15 @@ PIPE_BYTES = 2**20
 MAX_EVALUATION_THREADS = 4
 
 # What a random number is for, so that an epoch and a position of the same number differ.
-_ORDER, _EXAMPLE = 0, 1
+_ORDER, _EXAMPLE, _SUBSTITUTE = 0, 1, 2
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".pgm", ".ppm"}
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 _JPEG_START, _JPEG_SCAN, _JPEG_END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+_EXIF_ORIENTATION, _SIDEWAYS = 274, (5, 6, 7, 8)
+# The formats whose orientation OpenCV applies and Pillow's `size` does not.
+_ORIENTED = ("JPEG", "MPO", "PNG", "WEBP")
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes without the image's name; MAX_PIXELS is lower
 
 
 class DataError(UserError):
@@ -85,15 +100,23 @@ def network_geometry():
 def training_data(records, *, start=0, shard_index=0, num_shards=1):
     """TrainingData with the configuration's settings; the arguments are TrainingData's."""
     max_size, multiple = network_geometry()
+    augmentation = Augmentation(
+        short_edge=config.PREPROC.TRAIN_SHORT_EDGE_SIZE,
+        max_size=max_size,
+        crop_size=config.PREPROC.TRAIN_CROP_SIZE,
+        crop_scale=config.PREPROC.TRAIN_CROP_SCALE,
+        color_jitter=config.PREPROC.COLOR_JITTER,
+    )
     return TrainingData(
         records,
         batch_size=config.TRAIN.BATCH_SIZE_PER_GPU,
-        short_edge=config.PREPROC.TRAIN_SHORT_EDGE_SIZE,
-        max_size=max_size,
+        augmentation=augmentation,
         multiple=multiple,
         with_masks=config.MODE_MASK,
         seed=config.TRAIN.SEED,
         num_workers=config.DATA.NUM_WORKERS,
+        repeat_threshold=config.DATA.REPEAT_THRESHOLD,
+        max_skipped=config.DATA.MAX_DROPPED,
         start=start,
         shard_index=shard_index,
         num_shards=num_shards,
@@ -129,6 +152,7 @@ def evaluation_data(records, *, shard_index=0, num_shards=1):
         records,
         batch_size=config.TEST.BATCH_SIZE_PER_GPU,
         **inference_geometry()._asdict(),
+        max_skipped=config.DATA.MAX_DROPPED,
         num_threads=min(config.DATA.NUM_WORKERS, MAX_EVALUATION_THREADS),
         shard_index=shard_index,
         num_shards=num_shards,
@@ -174,7 +198,7 @@ def load_image(path):
     Grayscale, palette, CMYK and 16-bit images are converted; an alpha channel is dropped.
 
     Raises:
-        ImageError: missing, unreadable, cut off, or no image.
+        ImageError: missing, unreadable, cut off, no image, or one of more than MAX_PIXELS.
     """
     try:
         with open(path, "rb") as file:
@@ -183,6 +207,7 @@ def load_image(path):
         raise ImageError(f"{path}: {error.strerror}") from error
     if _is_cut_off(content):
         raise ImageError(f"{path}: the image is cut off ({len(content)} bytes)")
+    _read_header(path, io.BytesIO(content))
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
@@ -190,6 +215,70 @@ def load_image(path):
     if image is None:
         raise ImageError(f"{path}: not readable as an image")
     return image
+
+
+def image_size(path):
+    """(height, width) in pixels of an image file, upright, from its header alone.
+
+    Raises:
+        ImageError: missing, unreadable, no image, or one of more than MAX_PIXELS.
+    """
+    try:
+        with open(path, "rb") as file:
+            (width, height), is_sideways = _read_header(path, file)
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return (width, height) if is_sideways else (height, width)
+
+
+def _read_header(path, file):
+    """(width, height) as stored, and whether upright swaps them. Decodes nothing."""
+    try:
+        with Image.open(file) as image:
+            size, is_sideways = image.size, image.format in _ORIENTED and _is_sideways(image)
+    except Exception as error:  # Pillow's formats raise whatever their parsers do
+        raise ImageError(f"{path}: not readable as an image") from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"{path}: {size[0]} x {size[1]} pixels are more than the {MAX_PIXELS:,} that are read")
+    return size, is_sideways
+
+
+def _is_sideways(image):
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+    except Exception:  # damaged EXIF data; OpenCV passes over it, too
+        return False
+
+
+def check_sizes(records, *, max_share):
+    """Compare the sizes that the annotations state with the files' headers, for up to SIZE_SAMPLE images.
+
+    What is wrong here is wrong systematically, and nearly every box with it. Unreadable images are not counted.
+
+    Raises:
+        DatasetError: more than this share of the sample differs.
+    """
+    sample = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, SIZE_SAMPLE).astype(int))]
+    problems = []
+    for record in sample:
+        with contextlib.suppress(ImageError):
+            problems += filter(None, [size_problem(record, *image_size(record.path))])
+    if len(problems) > max_share * len(sample):
+        listed = "\n  ".join(problems[:NAMED_IMAGES])
+        raise DatasetError(f"{len(problems)} of {len(sample)} images have other sizes than annotated:\n  {listed}")
+
+
+def size_problem(record, height, width):
+    """What to say of an image whose upright size is not the record's, so that every box is wrong; or None."""
+    if (height, width) == (record.height, record.width):
+        return None
+    swapped = (
+        ", swapped: they ignore the file's EXIF orientation" if (width, height) == (record.height, record.width) else ""
+    )
+    return (
+        f"{record.path}: the image is {width} x {height} pixels, but the annotations say "
+        f"{record.width} x {record.height}{swapped}"
+    )
 
 
 def resized_shape(height, width, *, short_edge, max_size):
@@ -223,17 +312,38 @@ def pad_images(images, *, multiple):
     return padded, shapes
 
 
-def _load_record_image(record):
-    """The image of a record; its size must be the record's, or every box would be wrong."""
+def load_record_image(record):
+    """The image of a record as from `load_image`; ImageError also where its size is not the record's."""
     image = load_image(record.path)
-    size = image.shape[:2]
-    if size == (record.height, record.width):
-        return image
-    swapped = ", swapped: they ignore the file's EXIF orientation" if size == (record.width, record.height) else ""
-    raise ImageError(
-        f"{record.path}: the image is {size[1]} x {size[0]} pixels, but the annotations say "
-        f"{record.width} x {record.height}{swapped}"
-    )
+    if problem := size_problem(record, *image.shape[:2]):
+        raise ImageError(problem)
+    return image
+
+
+class SkippedImages:
+    """Counts the images that cannot be read, names the first ones, and ends it where they are too many."""
+
+    def __init__(self, num_images, max_share):
+        """
+        Args:
+            num_images: of the data set. max_share: 0..1, of them that may be skipped.
+        """
+        self._num_images, self._max_share = num_images, max_share
+        self._paths = set()
+
+    def add(self, path, problem):
+        """Count an image once, however often it comes. DataError if they are too many now."""
+        if path in self._paths:
+            return
+        self._paths.add(path)
+        number = len(self._paths)
+        if number > self._max_share * self._num_images:
+            raise DataError(
+                f"{number} of {self._num_images} images cannot be used, more than DATA.MAX_DROPPED={self._max_share:g} "
+                f"allows; the last: {problem}"
+            )
+        if number <= NAMED_IMAGES or number in (10**n for n in range(2, 9)):
+            logger.warning(f"unreadable image {number}, skipped: {problem}")
 
 
 def _is_cut_off(content):
@@ -272,75 +382,156 @@ class TrainingTask(NamedTuple):
         return f"image {self.record.image_id} ({self.record.path})"
 
 
+class Unreadable(NamedTuple):
+    """In the place of an example: its image cannot be used."""
+
+    task: TrainingTask
+    problem: str
+
+
+class Augmentation(NamedTuple):
+    """How training examples differ from their images, beside the mirroring of every second one.
+
+    Attributes:
+        short_edge: int; or (low, high), a uniform integer of this range, ends included; or more than two choices.
+        max_size: limit of the long edge in pixels.
+        crop_size: 0, or the side S of the square that an example is cut to, at a random place. The image then comes
+            in another size: its long edge is S times a random factor (arXiv:2012.07177 calls it large-scale jitter).
+        crop_scale: (low, high) of this factor.
+        color_jitter: (brightness, contrast, saturation), each a strength s: a factor from [1 - s, 1 + s].
+    """
+
+    short_edge: int | tuple
+    max_size: int
+    crop_size: int = 0
+    crop_scale: tuple = (0.1, 2.0)
+    color_jitter: tuple = (0.0, 0.0, 0.0)
+
+    def draw_size(self, rng):
+        """The size of one example, before the crop: the keywords of `resized_shape`."""
+        if self.crop_size:
+            long_edge = self.crop_size * rng.uniform(*self.crop_scale)
+            return {"short_edge": long_edge, "max_size": long_edge}
+        choices = np.ravel(self.short_edge)
+        if len(choices) == 2:
+            short_edge = rng.integers(choices[0], choices[1], endpoint=True)
+        else:
+            short_edge = rng.choice(choices)
+        return {"short_edge": int(short_edge), "max_size": self.max_size}
+
+
 @dataclass(frozen=True)
 class ExampleMaker:
     """Makes one training example from a task: callable in any process, always with the same result.
 
     Attributes:
-        short_edge: int; or (low, high), a uniform integer of this range, ends included; or more than two choices.
-        max_size, with_masks, seed: as in TrainingData.
+        augmentation: an Augmentation.
+        with_masks, seed: as in TrainingData.
     """
 
-    short_edge: int | tuple
-    max_size: int
+    augmentation: Augmentation
     with_masks: bool
     seed: int
 
     def __call__(self, task):
-        """The batch's entries (see TrainingData) without the N axis; the object axis has the image's own length."""
+        """The batch's entries (see TrainingData) without the N axis; the object axis has the image's own length.
+
+        An Unreadable where the image cannot be used.
+        """
         record = task.record
-        image = _load_record_image(record)
+        try:
+            image = load_record_image(record)
+        except ImageError as error:
+            return Unreadable(task, str(error))
         rng = np.random.default_rng((self.seed, _EXAMPLE, task.position))
-        flip = bool(rng.random() < 0.5)
-        if flip:
-            image = cv2.flip(image, 1)
-        image = resize_image(image, short_edge=_draw_short_edge(self.short_edge, rng), max_size=self.max_size)
-        view = View(*image.shape[:2], image.shape[1] / record.width, image.shape[0] / record.height, flip)
-        boxes_xyxy = view.map_boxes(record.boxes_xyxy)
-        keep = np.flatnonzero(boxes.area(boxes_xyxy) > boxes.MIN_BOX_AREA)
+        image, view = self._augment(image, rng)
+        keep, boxes_xyxy, masks = self._objects(record, view)
         example = {
             "image": image,
-            "gt_boxes": boxes_xyxy[keep],
+            "gt_boxes": boxes_xyxy,
             "gt_labels": np.where(record.is_crowd, CROWD_LABEL, record.labels)[keep],
             "image_id": record.image_id,
             "sample_key": (self.seed, task.position),
         }
         if self.with_masks:
-            example["gt_masks"] = view.draw_masks(
-                [None if record.is_crowd[i] else record.segmentations[i] for i in keep]
-            )
+            example["gt_masks"] = masks
         return example
+
+    def _augment(self, image, rng):
+        """The image as the example shows it, and its View."""
+        augmentation, (file_height, file_width) = self.augmentation, image.shape[:2]
+        flip = bool(rng.random() < 0.5)
+        if flip:
+            image = cv2.flip(image, 1)
+        image = resize_image(image, **augmentation.draw_size(rng))
+        height, width = image.shape[:2]
+        image, left, top = _random_crop(image, augmentation.crop_size, rng)
+        scale_x = width / file_width
+        view = View(
+            *image.shape[:2],
+            scale_x=-scale_x if flip else scale_x,
+            shift_x=width - left if flip else -left,
+            scale_y=height / file_height,
+            shift_y=-top,
+        )
+        if any(augmentation.color_jitter):
+            image = jitter_color(image, augmentation.color_jitter, rng)
+        return image, view
+
+    def _objects(self, record, view):
+        """Which objects there are, int [G], their boxes float32 [G, 4], and their masks (None without them).
+
+        Of an object that the crop has cut, what is left of its mask often has a smaller box than what is left of its
+        box.
+        """
+        mapped_xyxy = view.map_boxes(record.boxes_xyxy)
+        boxes_xyxy = boxes.clip(mapped_xyxy, view.height, view.width).astype(np.float32)
+        keep = np.flatnonzero(boxes.area(boxes_xyxy) > boxes.MIN_BOX_AREA)
+        is_cut = np.any(np.abs(mapped_xyxy - boxes_xyxy) > CUT_PIXELS, axis=1)[keep]
+        boxes_xyxy = boxes_xyxy[keep]
+        segmentations = [None if record.is_crowd[i] else record.segmentations[i] for i in keep]
+        masks = view.draw_masks(segmentations) if self.with_masks else None
+        for slot in np.flatnonzero(is_cut):
+            if segmentations[slot] is not None:
+                mask = view.draw_masks([segmentations[slot]])[0] if masks is None else masks[slot]
+                boxes_xyxy[slot] = boxes.intersect(boxes_xyxy[slot], boxes.packed_mask_box(mask))
+        left = boxes.area(boxes_xyxy) > boxes.MIN_BOX_AREA
+        return keep[left], boxes_xyxy[left], None if masks is None else masks[left]
 
 
 class View(NamedTuple):
-    """How a training example shows its image: mirrored or not, then resized by two factors to [height, width]."""
+    """How a training example, [height, width], shows its image.
+
+    What lies at (x, y) in the file's image lies at (x * scale_x + shift_x, y * scale_y + shift_y) in the example;
+    scale_x is negative where it is mirrored. Parts of the image may lie outside.
+    """
 
     height: int
     width: int
-    scale_x: float
-    scale_y: float
-    flip: bool
+    scale_x: float = 1.0
+    shift_x: float = 0.0
+    scale_y: float = 1.0
+    shift_y: float = 0.0
 
     def map_boxes(self, boxes_xyxy):
-        """Boxes [G, 4] of the file's image as they lie in this view, float32, clipped to it."""
-        boxes_xyxy = boxes.scale(boxes_xyxy, self.scale_x, self.scale_y)
-        if self.flip:
-            boxes_xyxy = boxes.flip_horizontal(boxes_xyxy, self.width)
-        return boxes.clip(boxes_xyxy, self.height, self.width).astype(np.float32)
+        """Boxes [G, 4] of the file's image as they lie in this view, float64, not clipped."""
+        xs, ys = boxes_xyxy[:, 0::2].astype(np.float64), boxes_xyxy[:, 1::2].astype(np.float64)
+        xs = np.sort(xs * self.scale_x + self.shift_x, axis=1)
+        ys = ys * self.scale_y + self.shift_y
+        return np.stack([xs[:, 0], ys[:, 0], xs[:, 1], ys[:, 1]], axis=1)
 
     def draw_masks(self, segmentations):
         """Masks of G objects of the file's image (polygons, RLE or None) in this view, uint8 [G, H, ceil(W / 8)]."""
         masks = np.zeros((len(segmentations), self.height, _round_up(self.width, 8) // 8), np.uint8)
         for mask, segmentation in zip(masks, segmentations):
             if isinstance(segmentation, dict):
-                mask[:] = boxes.pack_masks(self._resized_mask(segmentation))
+                mask[:] = boxes.pack_masks(self._warped_mask(segmentation))
             elif segmentation:
                 self._draw([self._polygon(polygon) for polygon in segmentation], mask)
         return masks
 
     def _polygon(self, polygon):
-        polygon = np.asarray(polygon, np.float64) * (self.scale_x, self.scale_y)
-        return polygon * (-1, 1) + (self.width, 0) if self.flip else polygon
+        return np.asarray(polygon, np.float64) * (self.scale_x, self.scale_y) + (self.shift_x, self.shift_y)
 
     def _draw(self, polygons, packed):
         """Draw polygons into a packed mask [H, ceil(W / 8)], touching only their own part: many times faster."""
@@ -354,18 +545,37 @@ class View(NamedTuple):
             part = boxes.pack_masks(boxes.segmentation_to_mask(shifted, bottom - top, right - left))
             packed[top:bottom, left // 8 : left // 8 + part.shape[1]] = part
 
-    def _resized_mask(self, rle):
+    def _warped_mask(self, rle):
         mask = boxes.segmentation_to_mask(rle, *rle["size"]) * np.uint8(255)
-        if self.flip:
-            mask = cv2.flip(mask, 1)
-        return cv2.resize(mask, (self.width, self.height), interpolation=cv2.INTER_LINEAR) > 127
+        # OpenCV's coordinates have their origin in the middle of the first pixel.
+        shift_x = self.scale_x / 2 + self.shift_x - 0.5
+        shift_y = self.scale_y / 2 + self.shift_y - 0.5
+        to_view = np.array([[self.scale_x, 0, shift_x], [0, self.scale_y, shift_y]])
+        size = (self.width, self.height)
+        return cv2.warpAffine(mask, to_view, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) > 127
 
 
-def _draw_short_edge(short_edge, rng):
-    choices = np.ravel(short_edge)
-    if len(choices) == 2:
-        return int(rng.integers(choices[0], choices[1], endpoint=True))
-    return int(rng.choice(choices))
+def _random_crop(image, size, rng):
+    """A part of an image, at most `size` pixels wide and high (0: all of it), and its left and top in the image."""
+    height, width = (min(edge, size or edge) for edge in image.shape[:2])
+    if (height, width) == image.shape[:2]:
+        return image, 0, 0
+    top, left = (int(rng.integers(whole - part, endpoint=True)) for whole, part in zip(image.shape, (height, width)))
+    return np.ascontiguousarray(image[top : top + height, left : left + width]), left, top
+
+
+def jitter_color(image, strengths, rng):
+    """An image, uint8 [H, W, 3] BGR, with random brightness, contrast and saturation.
+
+    Each is a factor drawn evenly from [1 - s, 1 + s], s in 0..1: of all values; of their distance to the mean; of each
+    pixel's distance to its own grey.
+    """
+    brightness, contrast, saturation = (1 + s * rng.uniform(-1, 1) for s in strengths)
+    mean = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).mean() * brightness
+    values = (np.arange(256) * brightness - mean) * contrast + mean
+    image = cv2.LUT(image, np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+    return cv2.addWeighted(image, saturation, grey, 1 - saturation, 0)
 
 
 def collate(examples, *, multiple):
@@ -411,6 +621,9 @@ class TrainingData:
 
     Iterating starts the workers; closing (or collecting) the iterator ends them, and so does `close`, from any thread.
     There is one iteration at a time: a second ends the first.
+
+    An image that cannot be read is skipped, with a warning: at its position stands another one of its kind, which only
+    the seed and the position decide, so that the rest of the stream stays as it was. DataError where they are too many.
     """
 
     def __init__(
@@ -418,8 +631,7 @@ class TrainingData:
         records,
         *,
         batch_size,
-        short_edge,
-        max_size,
+        augmentation,
         multiple,
         with_masks,
         seed,
@@ -427,25 +639,30 @@ class TrainingData:
         start=0,
         shard_index=0,
         num_shards=1,
+        repeat_threshold=0.0,
+        max_skipped=0.0,
     ):
         """
         Args:
             records: list of Records, at least one.
             batch_size: N.
-            short_edge: see ExampleMaker.
-            max_size: limit of the long edge in pixels.
+            augmentation: an Augmentation.
             multiple: padded heights and widths are multiples of it.
             seed: int in [0, 2^31).
             num_workers: processes; 0 works in this one. The batches are the same.
             start: number of batches to pass over.
             shard_index, num_shards: this stream takes the positions p with p % num_shards == shard_index.
+            repeat_threshold: see `repeat_factors`; 0 shows each image once per epoch.
+            max_skipped: share of the images, 0..1, that may be skipped.
         """
         if not records:
             raise DataError("there are no images to train on")
+        self._repeats = repeat_factors(records, repeat_threshold) if repeat_threshold else None
+        self._skipped = SkippedImages(len(records), max_skipped)
         self._records = records
         self._batch_size, self._multiple, self._seed, self._start = batch_size, multiple, seed, start
         self._shard_index, self._num_shards = shard_index, num_shards
-        self._make = ExampleMaker(short_edge, max_size, with_masks, seed)
+        self._make = ExampleMaker(augmentation, with_masks, seed)
         self._num_workers = num_workers
         self._examples = None
 
@@ -459,9 +676,29 @@ class TrainingData:
     def _batches(self, examples):
         try:
             while True:
-                yield collate(list(itertools.islice(examples, self._batch_size)), multiple=self._multiple)
+                batch = [self._readable(next(examples)) for _ in range(self._batch_size)]
+                yield collate(batch, multiple=self._multiple)
         finally:
             examples.close()
+
+    def _readable(self, example):
+        """The example; or if its image cannot be used, one of another image with the same randomness."""
+        for attempt in range(SUBSTITUTES):
+            if not isinstance(example, Unreadable):
+                return example
+            self._skipped.add(example.task.record.path, example.problem)
+            example = self._make(self._substitute(example.task, attempt))
+        raise DataError(f"no image can be read: {SUBSTITUTES} were tried in the place of {example.task}")
+
+    def _substitute(self, task, attempt):
+        """Another image that is as wide or tall as the task's."""
+        group = self._groups[_is_wide(task.record)]
+        rng = np.random.default_rng((self._seed, _SUBSTITUTE, task.position, attempt))
+        return TrainingTask(group[rng.integers(len(group))], task.position)
+
+    @functools.cached_property
+    def _groups(self):
+        return {kind: [record for record in self._records if _is_wide(record) == kind] for kind in (True, False)}
 
     def close(self):
         """End the workers; an iteration still in use raises DataError."""
@@ -475,7 +712,8 @@ class TrainingData:
     def batch_of(self, positions):
         """The batch of these positions once more, for a look at what went wrong with it."""
         index = dict(itertools.islice(self._order(), max(positions) + 1))
-        examples = [self._make(TrainingTask(self._records[index[position]], position)) for position in positions]
+        tasks = [TrainingTask(self._records[index[position]], position) for position in positions]
+        examples = [self._readable(self._make(task)) for task in tasks]
         return collate(examples, multiple=self._multiple)
 
     def plan(self):
@@ -484,7 +722,7 @@ class TrainingData:
         for position, index in self._order():
             if position % self._num_shards != self._shard_index:
                 continue
-            group = groups[self._records[index].width >= self._records[index].height]
+            group = groups[_is_wide(self._records[index])]
             group.append((position, index))
             if len(group) == self._batch_size:
                 yield list(group)
@@ -494,8 +732,31 @@ class TrainingData:
         position = itertools.count()
         for epoch in itertools.count():
             rng = np.random.default_rng((self._seed, _ORDER, epoch))
-            for index in rng.permutation(len(self._records)).tolist():
+            for index in rng.permutation(self._epoch(rng)).tolist():
                 yield next(position), index
+
+    def _epoch(self, rng):
+        """The images of an epoch: their number, or their indices, some of them several times."""
+        if self._repeats is None:
+            return len(self._records)
+        whole = np.floor(self._repeats)
+        extra = rng.random(len(whole)) < self._repeats - whole
+        return np.repeat(np.arange(len(whole)), (whole + extra).astype(int))
+
+
+def repeat_factors(records, threshold):
+    """How often each image is shown per epoch on average, float64 [len(records)], at least 1 (arXiv:1908.03195).
+
+    Of a class that the share f of the images shows, max(1, sqrt(threshold / f)); of an image, that of its rarest class.
+    """
+    shown = [np.unique(record.labels[~record.is_crowd]) for record in records]
+    images = np.bincount(np.concatenate([*shown, np.zeros(1, np.int64)]))
+    factors = np.maximum(1, np.sqrt(threshold * len(records) / np.maximum(images, 1)))
+    return np.array([factors[labels].max(initial=1) for labels in shown])
+
+
+def _is_wide(record):
+    return record.width >= record.height
 
 
 class EvaluationData:
@@ -508,27 +769,50 @@ class EvaluationData:
     ordered by that size. Of several shards each takes its share of the same batches. Threads decode ahead, a batch each
     (OpenCV lets go of the interpreter's lock).
 
-    Raises, while iterating:
-        ImageError: an image is unreadable or not of the record's size.
+    An image that cannot be read is left out, with a warning; nothing is found in it, then. DataError where they are
+    too many.
     """
 
     def __init__(
-        self, records, *, batch_size, short_edge, max_size, multiple, num_threads=0, shard_index=0, num_shards=1
+        self,
+        records,
+        *,
+        batch_size,
+        short_edge,
+        max_size,
+        multiple,
+        max_skipped=0.0,
+        num_threads=0,
+        shard_index=0,
+        num_shards=1,
     ):
-        """Arguments as in TrainingData; `num_threads` 0 works without threads."""
-        self._records = records
+        """Arguments as in TrainingData and `resized_shape`; `num_threads` 0 works without threads."""
+        self._records, self._max_skipped = records, max_skipped
         self._shard_index, self._num_shards = shard_index, num_shards
         self._batch_size, self._multiple, self._num_threads = batch_size, multiple, num_threads
         self._resize = {"short_edge": short_edge, "max_size": max_size}
 
     def __iter__(self):
+        skipped = SkippedImages(len(self._records), self._max_skipped)
+        for loaded in self._loaded():
+            for record, image in loaded:
+                if isinstance(image, ImageError):
+                    skipped.add(record.path, str(image))
+            usable = [(record, image) for record, image in loaded if not isinstance(image, ImageError)]
+            if usable:
+                records, images = zip(*usable)
+                image, image_shape = pad_images(images, multiple=self._multiple)
+                yield list(records), {"image": image, "image_shape": image_shape}
+
+    def _loaded(self):
+        """Batches as lists of (Record, its resized image or an ImageError)."""
         if not self._num_threads:
-            yield from map(self._make, self._own_batches())
+            yield from map(self._load, self._own_batches())
             return
         executor, pending = ThreadPoolExecutor(self._num_threads), deque()
         try:
             for records in self._own_batches():
-                pending.append(executor.submit(self._make, records))
+                pending.append(executor.submit(self._load, records))
                 if len(pending) > self._num_threads:
                     yield pending.popleft().result()
             while pending:
@@ -557,10 +841,14 @@ class EvaluationData:
             _round_up(edge, self._multiple) for edge in resized_shape(record.height, record.width, **self._resize)
         )
 
-    def _make(self, records):
-        images = [resize_image(_load_record_image(record), **self._resize) for record in records]
-        image, image_shape = pad_images(images, multiple=self._multiple)
-        return records, {"image": image, "image_shape": image_shape}
+    def _load(self, records):
+        loaded = []
+        for record in records:
+            try:
+                loaded.append((record, resize_image(load_record_image(record), **self._resize)))
+            except ImageError as error:
+                loaded.append((record, error))
+        return loaded
 
 
 # ---------------------------------------------------------------- worker processes

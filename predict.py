@@ -20,7 +20,7 @@ import checkpoint
 import data
 import viz
 from config import UserError, config
-from dataset import get_dataset
+from dataset import class_difference, get_datasets, short_names
 
 
 def parse_arguments(arguments=None):
@@ -76,7 +76,7 @@ def class_names():
 def load_datasets():
     if not config.DATA.VAL:
         raise UserError("DATA.VAL names no data set: say --config DATA.VAL=NAME")
-    return [get_dataset(name, config.DATA.BASEDIR) for name in config.DATA.VAL]
+    return get_datasets(config.DATA.VAL, config.DATA.BASEDIR)
 
 
 def freeze_config(names):
@@ -130,14 +130,14 @@ def labels_of(names):
 
 def evaluate(output, checkpoint_path):
     """Evaluates on each data set of DATA.VAL, once it is sure that all can be used and no results are in the way."""
-    names = config.DATA.VAL
+    names = short_names(config.DATA.VAL)
     outputs = [output if len(names) == 1 else output.with_name(f"{output.stem}-{n}{output.suffix}") for n in names]
     for path in filter(Path.exists, outputs):
         raise UserError(f"{path} exists already: name another file, or move it away")
     datasets, known = load_datasets(), class_names()
     for dataset in datasets:
-        if tuple(dataset.class_names) != tuple(known):
-            raise UserError(f"the classes of {dataset.name} are not those of the model, in the same order")
+        if difference := class_difference(known, dataset.class_names):
+            raise UserError(f"the classes of {dataset.name} are not those of the model: {difference}")
     freeze_config(known)
     from eval import evaluate_dataset, load_predictor
 

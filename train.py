@@ -11,6 +11,7 @@ config.py explains every setting. The run's logs, checkpoints and configuration 
 import argparse
 import importlib.util
 import json
+import logging.handlers
 import os
 import sys
 import tempfile
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import checkpoint
+import data
 from config import OF_WEIGHTS, Config, ConfigError, UserError, config, lr_schedule_steps
-from dataset import get_dataset
+from dataset import get_datasets
 from ranks import HorovodRanks, RankLost, Ranks, is_lost
 from watchdog import Watchdog
 
@@ -36,6 +38,7 @@ class Run(NamedTuple):
     is_resumed: bool
     ranks: Ranks
     watchdog: Watchdog
+    messages: logging.handlers.MemoryHandler  # see collect_messages
 
 
 def parse_arguments(arguments=None):
@@ -52,6 +55,7 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments):
+    messages = collect_messages()
     watchdog = Watchdog()
     ranks = join_ranks()
     logdir = Path(arguments.logdir)
@@ -62,17 +66,37 @@ def main(arguments):
     weights = None if is_resumed or ranks.rank else find_weights(arguments.load)
     config.DATA.CLASS_NAMES = ["BG", *train_sets[0].class_names]
     config.DATA.NUM_CATEGORY = len(train_sets[0].class_names)
-    records = [
-        record
-        for dataset in train_sets
-        for record in dataset.records(
-            training=True, filter_empty=config.DATA.FILTER_EMPTY_ANNOTATIONS, masks=config.MODE_MASK
-        )
-    ]
-    if not records:
-        raise ConfigError(f"DATA.TRAIN={config.DATA.TRAIN} holds no image to train on")
+    config.DATA.CATEGORY_IDS = train_sets[0].category_ids
+    records = training_records(train_sets)
+    for checked in (records, *(dataset.records(training=False) for dataset in val_sets)):
+        data.check_sizes(checked, max_share=config.DATA.MAX_DROPPED)
     config.freeze()
-    train(Run(records, val_sets, weights, logdir, is_resumed, ranks, watchdog))
+    train(Run(records, val_sets, weights, logdir, is_resumed, ranks, watchdog, messages))
+
+
+def collect_messages():
+    """A logging.Handler that keeps what config, data and dataset say until the run has a log for it."""
+    handler = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL)
+    for name in ("config", "data", "dataset"):
+        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).addHandler(handler)
+    return handler
+
+
+def pass_on(messages):
+    """From now on what `collect_messages` keeps goes to tensorpack's log, where it is and at once."""
+    messages.setTarget(RunLog())
+    messages.flush()
+    messages.flushLevel = logging.NOTSET
+
+
+class RunLog(logging.Handler):
+    """Passes messages on to tensorpack's log."""
+
+    def emit(self, record):
+        from tensorpack.utils import logger
+
+        getattr(logger, record.levelname.lower())(record.getMessage())
 
 
 def join_ranks():
@@ -137,14 +161,18 @@ def check_writable(logdir):
 
 def load_datasets():
     """The data sets of DATA.TRAIN and DATA.VAL, which must have the same classes."""
-    train_sets, val_sets = (
-        [get_dataset(name, config.DATA.BASEDIR) for name in ([names] if isinstance(names, str) else names)]
-        for names in (config.DATA.TRAIN, config.DATA.VAL)
-    )
-    for other in train_sets[1:] + val_sets:
-        if other.class_names != train_sets[0].class_names:
-            raise ConfigError(f"the classes of {other.name} are not those of {train_sets[0].name}, in the same order")
-    return train_sets, val_sets
+    datasets = get_datasets([*config.DATA.TRAIN, *config.DATA.VAL], config.DATA.BASEDIR)
+    return datasets[: len(config.DATA.TRAIN)], datasets[len(config.DATA.TRAIN) :]
+
+
+def training_records(datasets):
+    """The records of all data sets together, without what cannot be trained on."""
+    filter_empty, max_dropped = config.DATA.FILTER_EMPTY_ANNOTATIONS, config.DATA.MAX_DROPPED
+    options = {"filter_empty": filter_empty, "masks": config.MODE_MASK, "max_dropped": max_dropped}
+    records = [record for dataset in datasets for record in dataset.records(training=True, **options)]
+    if not any(len(record.labels) for record in records):
+        raise ConfigError(f"DATA.TRAIN={config.DATA.TRAIN}: no image shows an object to train on")
+    return records
 
 
 def find_weights(load):
@@ -167,7 +195,6 @@ def train(run):
     from tensorpack.utils import logger
 
     import callbacks
-    import data
     from modeling import rcnn
 
     tfv1.disable_eager_execution()
@@ -175,6 +202,7 @@ def train(run):
     trainer, towers = make_trainer(run.ranks)
     if trainer.is_chief:
         logger.set_logger_dir(str(run.logdir), "k")
+    pass_on(run.messages)
     schedule = make_schedule(towers * run.ranks.size, len(run.records))
     logger.info(f"Settings other than the defaults: {config.changes()}")
     logger.info(f"Schedule: {schedule}")

@@ -115,8 +115,8 @@ def class_difference(expected, found):
     if parts:
         return "; ".join(parts)
     pairs = enumerate(zip(expected, found), start=1)
-    first = next((f"class {k} is {b}, not {a}" for k, (a, b) in pairs if a != b), "a name occurs once more")
-    return f"their ids put them in another order ({first})"
+    first = next((f"class {k} is {b}, not {a}" for k, (a, b) in pairs if a != b), None)
+    return f"their ids put them in another order ({first})" if first else f"{len(found)}, not {len(expected)} classes"
 
 
 def _register_coco_layout(name, split, image_dir, *, max_images=None, source="COCO is at https://cocodataset.org"):

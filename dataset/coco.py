@@ -4,14 +4,20 @@ Class names and category ids come from the file itself. What makes a file unusab
 one message; what single objects lack leaves them out of training, counted, and ends it where there are too many.
 """
 
+import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,11 +35,11 @@ class CocoDataset(Dataset):
     A subclass with another `read_content` reads another format: see docs/custom_data.md.
     """
 
-    def __init__(self, name, annotation_file, image_dir, *, max_images=None, hint=""):
+    def __init__(self, name, source_file, image_dir, *, max_images=None, hint=""):
         """Read and check everything but the images' content.
 
         Args:
-            annotation_file: path of the json.
+            source_file: path of the annotations: the json.
             image_dir: directory that `file_name` is relative to.
             max_images: use only so many images, those with the lowest ids.
             hint: what to tell users whose files are missing.
@@ -43,9 +49,9 @@ class CocoDataset(Dataset):
         """
         started = time.perf_counter()
         self.name = name
-        self.annotation_file = os.path.expanduser(annotation_file)
-        self.image_dir = os.path.expanduser(image_dir)
-        _check_paths(name, self.annotation_file, self.image_dir, hint)
+        self.source_file = str(Path(source_file).expanduser())
+        self.image_dir = str(Path(image_dir).expanduser())
+        _check_paths(name, self.source_file, self.image_dir, hint)
         with gc_paused():
             self._load(self.read_content(), max_images)
         logger.info(
@@ -59,11 +65,19 @@ class CocoDataset(Dataset):
         Raises:
             DatasetError: the file cannot be read as such.
         """
-        return read_json(self.annotation_file)
+        return read_json(self.source_file)
 
-    def ground_truth(self):
-        """See Dataset.ground_truth."""
-        return self.annotation_file if type(self).read_content is CocoDataset.read_content else self.read_content()
+    @functools.cached_property
+    def annotation_file(self):
+        """See Dataset. Where the source is of another format, a copy in COCO's, removed when the program ends."""
+        if type(self).read_content is CocoDataset.read_content:
+            return self.source_file
+        directory = tempfile.mkdtemp(prefix="annotations-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        path = os.path.join(directory, f"{self.name}.json")
+        with open(path, "w") as file:
+            json.dump(self.read_content(), file)
+        return path
 
     def records(self, *, training, filter_empty=True, masks=True, max_dropped=1.0):
         """See Dataset.records."""
@@ -71,7 +85,7 @@ class CocoDataset(Dataset):
             return list(self._records)
         if masks and self._without_segmentation:
             raise DatasetError(
-                f"{self.annotation_file}: {rules.count(len(self._without_segmentation), 'annotation')} without "
+                f"{self.source_file}: {rules.count(len(self._without_segmentation), 'annotation')} without "
                 f"segmentation (the first: id {self._without_segmentation[0]}): add it, or train without masks "
                 "(MODE_MASK=False)"
             )
@@ -85,45 +99,19 @@ class CocoDataset(Dataset):
         if len(kept) < len(records):
             logger.info(f"{self.name}: {len(records) - len(kept)} images without objects left out of training")
         if not kept:
-            raise DatasetError(f"{self.annotation_file}: no image with an object is left to train on")
+            raise DatasetError(f"{self.source_file}: no image with an object is left to train on")
         return kept
 
     def _load(self, content, max_images):
-        """Make the records of the json's content, which is emptied on the way to need less memory."""
         findings = []
-        categories = rules.check_categories(content["categories"], findings)
-        images = rules.check_images(content["images"], findings)
-        by_image = rules.check_annotations(content["annotations"], images, categories, findings)
-        content.clear()
-        self.category_ids = tuple(sorted(categories))
-        self.class_names = tuple(categories[category_id] for category_id in self.category_ids)
-        self.image_ids = tuple(sorted(image_id for image_id, image in images.items() if image)[:max_images])
-        rules.check_files([images[i]["file_name"] for i in self.image_ids], self.image_dir, findings)
-        self._labels = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
-        self._records, self._faults, self._without_segmentation = [], {}, []
-        for image_id in self.image_ids:
-            self._add_record(images[image_id], by_image.pop(image_id, ()), findings)
+        annotations = read_annotations(content, self.image_dir, findings, max_images=max_images)
+        self._records, self._faults = annotations.records, annotations.faults
+        self._without_segmentation = annotations.without_segmentation
+        self.category_ids = tuple(annotations.categories)
+        self.class_names = tuple(annotations.categories.values())
+        self.image_ids = tuple(record.image_id for record in self._records)
         self._refuse(findings)
         self._dropped = [finding for finding in findings if finding.level == rules.DROPPED]
-
-    def _add_record(self, image, annotations, findings):
-        """Append one image's record; note the objects that training has to leave out."""
-        objects = rules.check_objects(image, annotations, findings)
-        if any(objects.faults):
-            self._faults[len(self._records)] = objects.faults
-        self._without_segmentation += [a["id"] for a in annotations if rules.lacks_segmentation(a)]
-        self._records.append(
-            Record(
-                image_id=image["id"],
-                path=os.path.join(self.image_dir, image["file_name"]),
-                height=image["height"],
-                width=image["width"],
-                boxes_xyxy=objects.boxes_xyxy,
-                labels=np.array([self._labels[a["category_id"]] for a in annotations], np.int64),
-                is_crowd=np.array([bool(a.get("iscrowd")) for a in annotations], bool),
-                segmentations=objects.segmentations,
-            )
-        )
 
     def _refuse(self, findings):
         """DatasetError with a line for each problem that makes the file unusable; missing images are one problem."""
@@ -139,11 +127,11 @@ class CocoDataset(Dataset):
                     f"{len(names)} of {rules.count(len(self.image_ids), 'image')} {what} {self.image_dir}: {listed}"
                 )
         if len(problems) == 1:
-            raise DatasetError(f"{self.annotation_file}: {problems[0]}")
+            raise DatasetError(f"{self.source_file}: {problems[0]}")
         if problems:
             listed = rules.name_some(problems, separator=_NEXT_LINE)
             raise DatasetError(
-                f"{self.annotation_file}: {len(problems)} problems (python -m tools.doctor lists all):\n  {listed}"
+                f"{self.source_file}: {len(problems)} problems (python -m tools.doctor lists all):\n  {listed}"
             )
 
     def _report_dropped(self, masks, max_dropped):
@@ -159,7 +147,7 @@ class CocoDataset(Dataset):
         )
         if len(dropped) > max_dropped * self._num_objects():
             raise TooManyDropped(
-                f"{self.annotation_file}: {what}\nThat is more than {max_dropped:.2%}: mend the file (python -m "
+                f"{self.source_file}: {what}\nThat is more than {max_dropped:.2%}: mend the file (python -m "
                 "tools.doctor --fix does), or raise DATA.MAX_DROPPED"
             )
         logger.warning(f"{self.name}: {what}")
@@ -194,6 +182,61 @@ def read_json(path):
     return content
 
 
+class Annotations(NamedTuple):
+    """What can be used of a json.
+
+    categories: names by category id, in ascending order. records: of the images, in ascending order of their ids.
+    file_names: as in the json, by image id. faults: {index of a record: Objects.faults} where there are any.
+    without_segmentation: ids of annotations.
+    """
+
+    categories: dict
+    records: list
+    file_names: dict
+    faults: dict
+    without_segmentation: list
+
+
+def read_annotations(content, image_dir, findings, *, max_images=None, progress=iter):
+    """Annotations of a json's content, which is emptied on the way to need less memory.
+
+    Args:
+        content: from `read_json`. image_dir: directory that `file_name` is relative to.
+        findings: list; gets a rules.Finding for whatever is wrong.
+        max_images: see CocoDataset. progress: called with the list of image ids, returns it as an iterable.
+    """
+    categories = dict(sorted(rules.check_categories(content["categories"], findings).items()))
+    images = rules.check_images(content["images"], findings)
+    by_image = rules.check_annotations(content["annotations"], images, categories, findings)
+    content.clear()
+    image_ids = sorted(image_id for image_id, image in images.items() if image)[:max_images]
+    labels = {category_id: label for label, category_id in enumerate(categories, start=1)}
+    file_names = {image_id: images[image_id]["file_name"] for image_id in image_ids}
+    rules.check_files(file_names.values(), image_dir, findings)
+    annotations = Annotations(categories, records=[], file_names=file_names, faults={}, without_segmentation=[])
+    for image_id in progress(image_ids):
+        image, entries = images[image_id], by_image.pop(image_id, ())
+        objects = rules.check_objects(image, entries, findings)
+        if any(objects.faults):
+            annotations.faults[len(annotations.records)] = objects.faults
+        annotations.without_segmentation.extend(entry["id"] for entry in entries if rules.lacks_segmentation(entry))
+        annotations.records.append(_record(image, entries, objects, image_dir, labels))
+    return annotations
+
+
+def _record(image, entries, objects, image_dir, labels):
+    return Record(
+        image_id=image["id"],
+        path=os.path.join(image_dir, image["file_name"]),
+        height=image["height"],
+        width=image["width"],
+        boxes_xyxy=objects.boxes_xyxy,
+        labels=np.array([labels[entry["category_id"]] for entry in entries], np.int64),
+        is_crowd=np.array([bool(entry.get("iscrowd")) for entry in entries], bool),
+        segmentations=objects.segmentations,
+    )
+
+
 @contextlib.contextmanager
 def gc_paused():
     """Python's cycle collector would look again and again at millions of new objects, none of which is in a cycle."""
@@ -206,9 +249,9 @@ def gc_paused():
             gc.enable()
 
 
-def _check_paths(name, annotation_file, image_dir, hint):
+def _check_paths(name, source_file, image_dir, hint):
     for path, exists, what in (
-        (annotation_file, os.path.isfile, "annotation file"),
+        (source_file, os.path.isfile, "annotation file"),
         (image_dir, os.path.isdir, "image directory"),
     ):
         if not exists(path):

@@ -51,7 +51,7 @@ class Dataset(ABC):
         name: short, without characters that a file's name can't have.
         class_names: tuple of C names, without background.
         category_ids: tuple of C; label k is the category with id `category_ids[k - 1]` in the annotations and results.
-        annotation_file: path of the annotations, for messages.
+        annotation_file: path of the ground truth in COCO's json format, for the evaluation.
         image_ids: tuple of the ids of this data set's images, ascending. The annotation file may list more.
     """
 
@@ -76,7 +76,3 @@ class Dataset(ABC):
             DatasetError: nothing is left to train on, or `masks` and an object has no segmentation at all.
             TooManyDropped: more than `max_dropped` is left out.
         """
-
-    @abstractmethod
-    def ground_truth(self):
-        """The annotations for COCO's metrics: path of a json in COCO's format, or its content as a new dict."""

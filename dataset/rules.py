@@ -24,6 +24,9 @@ RULES = {
     "segmentation": (REFUSED, "segmentation that cannot be read"),
     "outside file": (REFUSED, "file_name outside the image directory"),
     "missing file": (REFUSED, "image file missing"),
+    "no segmentation": (REFUSED, "object without segmentation (MODE_MASK=False trains without)"),
+    "unreadable": (DROPPED, "image that cannot be read"),
+    "size": (DROPPED, "image of another size than annotated"),
     "reversed box": (DROPPED, "width or height below 0"),
     "zero box": (DROPPED, "width or height 0"),
     "outside box": (DROPPED, "box outside the image"),
@@ -33,6 +36,8 @@ RULES = {
     "clipped box": (NOTED, "box that reaches outside the image, clipped"),
     "bad polygon": (NOTED, "polygon of fewer than 3 points or an odd count, left out"),
     "far polygon": (NOTED, "polygon far outside the image, cut off"),
+    "vanishing": (NOTED, "object that vanishes at the training size"),
+    "unused class": (NOTED, "category without an object"),
     "same name": (NOTED, "category name that occurs twice"),
 }
 # Does not matter to a training without masks.
@@ -190,7 +195,9 @@ def check_objects(image, annotations, findings):
     for annotation, box, is_clipped in zip(annotations, boxes_xyxy.tolist(), reaches_out):
         segmentation, broken_rules = _segmentation(annotation, height, width)
         fault = object_fault(annotation, box, segmentation)
-        if fault:
+        if fault == NO_MASK and (broken_rules or lacks_segmentation(annotation)):
+            pass  # said already, or a matter of the whole data set
+        elif fault:
             broken_rules.append((fault, f": {RULES[fault][1]}, bbox {shorten(annotation['bbox'])}"))
         elif is_clipped:
             text = f": bbox {shorten(annotation['bbox'])} reaches outside {width} x {height} pixels"

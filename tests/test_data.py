@@ -1,5 +1,6 @@
 """From files to batches: against Pillow, against what is painted in the images, and with workers that fail or die."""
 
+import dataclasses
 import gc
 import hashlib
 import io
@@ -26,12 +27,13 @@ from PIL import Image
 import boxes
 import data
 from config import Config
-from dataset import Record, get_dataset
+from dataset import DatasetError, Record, get_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 60  # seconds, for what should take well under one
 
-SETTINGS = {"batch_size": 1, "short_edge": 64, "max_size": 128, "multiple": 32, "with_masks": True, "seed": 7}
+AUGMENTATION = {"short_edge": 64, "max_size": 128}
+SETTINGS = {"batch_size": 1, "multiple": 32, "with_masks": True, "seed": 7}
 EVALUATION = {"batch_size": 2, "short_edge": 64, "max_size": 128, "multiple": 32}
 
 # Objects of different shape, none symmetric, in an image 90 wide and 60 high: x, y, ...
@@ -73,8 +75,15 @@ def records(tmp_path_factory):
     return [make_record(folder, i, *size, polygons) for i, (size, polygons) in enumerate(zip(sizes, objects), 11)]
 
 
+def split_off_augmentation(changes):
+    """(Augmentation, the other settings)."""
+    fields = {name: changes.pop(name) for name in data.Augmentation._fields if name in changes}
+    return data.Augmentation(**fields), changes
+
+
 def stream(records, **changes):
-    return data.TrainingData(records, **{**SETTINGS, **changes})
+    augmentation, others = split_off_augmentation({**AUGMENTATION, **SETTINGS, **changes})
+    return data.TrainingData(records, augmentation=augmentation, **others)
 
 
 def take(batches, count):
@@ -292,7 +301,7 @@ def test_pad_images(multiple, expected):
 def test_polygons_drawn_in_part_equal_polygons_drawn_in_full():
     rng = np.random.default_rng(0)
     height, width = 83, 101
-    view = data.View(height, width, 1.0, 1.0, False)
+    view = data.View(height, width)
     wrong = []
     for _ in range(300):
         # Whole numbers, so that shifting them is exact. Many reach outside.
@@ -306,7 +315,7 @@ def test_polygons_drawn_in_part_equal_polygons_drawn_in_full():
 
 
 def test_masks_come_without_polygons_too():
-    view = data.View(10, 13, 1.0, 1.0, False)
+    view = data.View(10, 13)
     assert view.draw_masks([None, []]).shape == (2, 10, 2)
     assert not view.draw_masks([None, []]).any()
     assert view.draw_masks([]).shape == (0, 10, 2)
@@ -317,7 +326,8 @@ def test_masks_come_without_polygons_too():
 
 def seen_twice(record, **changes):
     """The same image as it is and mirrored: two positions of its stream, told apart by the painted picture."""
-    maker = data.ExampleMaker(**{"short_edge": 75, "max_size": 400, "with_masks": True, "seed": 0, **changes})
+    augmentation, others = split_off_augmentation({"short_edge": 75, "max_size": 400, **changes})
+    maker = data.ExampleMaker(augmentation, **{"with_masks": True, "seed": 0, **others})
     examples = {}
     for position in range(50):
         example = maker(data.TrainingTask(record, position))
@@ -415,11 +425,37 @@ def test_lines_and_single_pixels(tmp_path, height, width):
 @pytest.mark.parametrize(("height", "width", "said"), [(60, 91, "91 x 60"), (90, 60, "60 x 90.*EXIF")])
 def test_an_image_of_another_size_than_its_record_is_refused(tmp_path, height, width, said):
     good = make_record(tmp_path, 1, 60, 90)
-    bad = Record(1, good.path, height, width, good.boxes_xyxy, good.labels, good.is_crowd, good.segmentations)
-    with pytest.raises(data.ImageError, match=rf"1\.png: the image is 90 x 60 pixels, but .* {said}"):
+    bad = dataclasses.replace(good, height=height, width=width)
+    with pytest.raises(data.DataError, match=rf"1\.png: the image is 90 x 60 pixels, but .* {said}"):
         next(iter(stream([bad])))
-    with pytest.raises(data.ImageError, match=r"1\.png"):
+    with pytest.raises(data.DataError, match=r"1\.png"):
         next(iter(data.EvaluationData([bad], **EVALUATION)))
+    # And before anything starts, from the header.
+    with pytest.raises(DatasetError, match=rf"^1 of 2 images .*\n.*1\.png: the image is 90 x 60 pixels, .* {said}"):
+        data.check_sizes([good, bad], max_share=0.4)
+    data.check_sizes([good, bad], max_share=0.5)
+    data.check_sizes([good], max_share=0.0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_in_the_header_is_the_size_of_the_image(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    path = tmp_path / "image"
+    path.write_bytes(encode(smooth_picture(), kind, exif=exif))
+    assert data.image_size(str(path)) == data.load_image(str(path)).shape[:2]
+
+
+def test_sizes_of_a_large_data_set_are_sampled(tmp_path):
+    """Evenly: of the 1000 images, one file, those of the second half have another size than annotated."""
+    record = make_record(tmp_path, 1, 60, 90)
+    wrong = dataclasses.replace(record, width=91)
+    with pytest.raises(DatasetError, match="^250 of 500 images") as error:
+        data.check_sizes([record] * 500 + [wrong] * 500, max_share=0.49)
+    assert len(str(error.value).splitlines()) == 1 + data.NAMED_IMAGES
+    unreadable = dataclasses.replace(record, path=str(tmp_path / "none.png"))
+    data.check_sizes([unreadable], max_share=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- batches
@@ -428,7 +464,7 @@ def test_an_image_of_another_size_than_its_record_is_refused(tmp_path, height, w
 def test_a_batch_is_its_examples_padded(tmp_path):
     wide = [make_record(tmp_path, 1, 60, 90, [TRIANGLE]), make_record(tmp_path, 2, 45, 90, [TRIANGLE, ARROW])]
     tasks = [data.TrainingTask(record, position) for position, record in enumerate(wide, 5)]
-    maker = data.ExampleMaker(short_edge=45, max_size=200, with_masks=True, seed=3)
+    maker = data.ExampleMaker(data.Augmentation(short_edge=45, max_size=200), with_masks=True, seed=3)
     # 45 x 68 and 45 x 90: one packs into 9 bytes, the other into 12.
     for multiple, height, width in ((32, 64, 96), (1, 45, 90)):
         examples = [maker(task) for task in tasks]
@@ -528,6 +564,154 @@ def test_no_image_at_all_is_an_error():
         stream([])
 
 
+# ----------------------------------------------------------------------------------------------------- augmentation
+
+
+def crops(record, count, *, crop_size=64, crop_scale=(0.5, 2.0), with_masks=True, seed=0):
+    augmentation = data.Augmentation(64, 96, crop_size=crop_size, crop_scale=crop_scale)
+    maker = data.ExampleMaker(augmentation, with_masks=with_masks, seed=seed)
+    return [maker(data.TrainingTask(record, position)) for position in range(count)]
+
+
+def test_crops_are_as_large_as_asked_and_scaled_at_random(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE])
+    shapes = [example["image"].shape[:2] for example in crops(record, 300)]
+    assert max(max(shape) for shape in shapes) == 64
+    # Long edges from 32 to 128, evenly: two thirds are cut to 64; the short edges are two thirds as long.
+    assert 0.57 < np.mean([shape[1] == 64 for shape in shapes]) < 0.77
+    assert min(shape[1] for shape in shapes) < 36
+    for height, width in shapes:
+        assert width == 64 or abs(height - max(32, width * 2 / 3)) <= 1
+    fixed = {example["image"].shape[:2] for example in crops(record, 20, crop_scale=(1.0, 1.0))}
+    assert fixed == {(43, 64)}
+
+
+def test_boxes_and_masks_follow_the_objects_into_the_crop(tmp_path):
+    """The objects are painted: what is white in a channel of the example is what is left of one."""
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW])
+    cut, left_out = 0, 0
+    for example in crops(record, 200, crop_scale=(1.0, 2.0)):
+        width = example["image"].shape[1]
+        labels = example["gt_labels"].tolist()
+        left_out += 2 - len(labels)
+        for label in (1, 2):
+            painted = example["image"][..., label - 1] > 150
+            if label not in labels:
+                assert painted.sum() < 40
+                continue
+            slot = labels.index(label)
+            mask = unpack(example["gt_masks"], width)[slot]
+            assert mask_iou(mask, painted) > 0.85 or painted.sum() < 60
+            box = example["gt_boxes"][slot]
+            # Not as tight around what is white: a triangle has thin tips.
+            assert boxes.pairwise_iou([box], [tight_box(painted)])[0, 0] > 0.8 or painted.sum() < 100
+            cut += box.max() == 64 or box.min() == 0
+        assert len(example["gt_boxes"]) == len(example["gt_masks"]) == len(labels)
+    assert cut > 60 and left_out > 3
+
+
+def test_a_cut_box_is_the_box_of_the_mask_where_that_is_tighter(tmp_path):
+    """By hand: of an L, the crop may hold only the foot or only the stem."""
+    corner = [[0, 0], [10, 0], [10, 80], [80, 80], [80, 90], [0, 90]]
+    record = make_record(tmp_path, 1, 90, 90, [corner])
+    for with_masks in (True, False):
+        widths = set()
+        for example in crops(record, 60, crop_size=45, crop_scale=(2.0, 2.0), with_masks=with_masks):
+            assert ("gt_masks" in example) == with_masks
+            for box in example["gt_boxes"]:
+                widths.add(round(float(box[2] - box[0])))
+                white = tight_box(example["image"][..., 0] > 150)
+                np.testing.assert_allclose(box, white, atol=1)
+        # The stem alone is at most 10 wide; clipping its box would have left up to 45.
+        assert min(widths) <= 10 and max(widths) == 45
+    # Without a mask to look at, the box is clipped.
+    boxes_only = dataclasses.replace(record, segmentations=(None,))
+    clipped = crops(boxes_only, 60, crop_size=45, crop_scale=(2.0, 2.0), with_masks=False)
+    assert min(example["gt_boxes"][0, 2] - example["gt_boxes"][0, 0] for example in clipped) > 10
+
+
+def test_boxes_that_are_not_cut_stay_as_annotated(tmp_path):
+    """Also where the annotator was generous."""
+    loose = np.array([[2, 2, 60, 58]], np.float32)
+    record = dataclasses.replace(make_record(tmp_path, 1, 60, 90, [TRIANGLE]), boxes_xyxy=loose)
+    for example in crops(record, 20, crop_size=90, crop_scale=(1.0, 1.0)):
+        box = example["gt_boxes"][0]
+        np.testing.assert_allclose([box[1], box[3], box[2] - box[0]], [2, 58, 58], atol=1e-4)
+
+
+def test_run_length_encoded_masks_are_cropped_like_polygons(tmp_path):
+    rles = [boxes.encode_rle(boxes.segmentation_to_mask([np.array(p)], 60, 90)) for p in (TRIANGLE, ARROW)]
+    polygons = crops(make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW]), 60)
+    encoded = crops(make_record(tmp_path, 1, 60, 90, [TRIANGLE, ARROW], segmentations=rles), 60)
+    ious = []
+    for one, other in zip(polygons, encoded):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        of_label = dict(zip(other["gt_labels"].tolist(), other["gt_masks"]))
+        for label, mask in zip(one["gt_labels"].tolist(), one["gt_masks"]):
+            if np.unpackbits(mask).sum() > 60 and label in of_label:
+                ious.append(mask_iou(np.unpackbits(mask), np.unpackbits(of_label[label])))
+    assert len(ious) > 60 and min(ious) > 0.8 and np.mean(ious) > 0.94
+
+
+def test_colour_jitter_by_definition():
+    rng = np.random.default_rng(0)
+    image = rng.integers(60, 180, (20, 30, 3), dtype=np.uint8)
+
+    class Fixed:
+        """Draws the ends of the ranges: the factors 1.2, 0.7 and 1.5."""
+
+        def __init__(self):
+            self._draws = iter([1.0, -1.0, 1.0])
+
+        def uniform(self, low, high):
+            return next(self._draws)
+
+    changed = data.jitter_color(image, (0.2, 0.3, 0.5), Fixed())
+    grey = image @ [0.114, 0.587, 0.299]
+    bright = image * 1.2
+    mean = grey.mean() * 1.2
+    expected = (bright - mean) * 0.7 + mean
+    own_grey = (expected @ [0.114, 0.587, 0.299])[..., None]
+    expected = np.clip((expected - own_grey) * 1.5 + own_grey, 0, 255)
+    np.testing.assert_allclose(changed, expected, atol=2)
+    assert changed.dtype == np.uint8
+    np.testing.assert_allclose(data.jitter_color(image, (0.0, 0.0, 0.0), rng), image, atol=1)
+
+
+def test_colour_jitter_changes_colours_only(tmp_path):
+    record = make_record(tmp_path, 1, 60, 90, [TRIANGLE])
+    (plain,), (coloured,), (again,) = (
+        take(stream([record], color_jitter=jitter), 1) for jitter in ((0.0,) * 3, (0.4,) * 3, (0.4,) * 3)
+    )
+    assert fingerprint([coloured]) == fingerprint([again])
+    for name in set(plain) - {"image"}:
+        np.testing.assert_array_equal(plain[name], coloured[name])
+    assert np.abs(plain["image"].astype(int) - coloured["image"]).mean() > 1
+
+
+def test_repeat_factors_by_hand(records):
+    """The classes of seven images: {1, 2}, {1}, {}, {1}, {1}, {1}, {}; ARROW alone has label 1."""
+    assert [sorted(record.labels.tolist()) for record in records] == [[1, 2], [1], [], [1], [1], [1], []]
+    rare, common = np.sqrt(0.9 * 7 / 1), np.sqrt(0.9 * 7 / 5)
+    factors = data.repeat_factors(records, 0.9)
+    np.testing.assert_allclose(factors, [rare, common, 1, common, common, common, 1])
+    np.testing.assert_array_equal(data.repeat_factors(records, 0.1), np.ones(7))
+    crowd = dataclasses.replace(records[0], is_crowd=np.array([False, True]))
+    assert data.repeat_factors([crowd, *records[1:]], 0.9)[0] == common, "a crowd region shows no object"
+
+
+def test_rare_classes_come_as_often_as_their_factor_says(records):
+    factors = data.repeat_factors(records, 0.9)
+    counts = Counter(index for ((_, index),) in planned(records, 5000, repeat_threshold=0.9))
+    expected = 5000 * factors / factors.sum()
+    np.testing.assert_allclose([counts[index] for index in range(7)], expected, rtol=0.1)
+    # Positions stay what they are, for shards and for a resume.
+    batches = planned(records, 40, repeat_threshold=0.9)
+    assert [position for ((position, _),) in batches] == list(range(40))
+    assert planned(records, 20, repeat_threshold=0.9, shard_index=1, num_shards=2) == batches[1::2]
+    assert planned(records, 40, repeat_threshold=0.0) == planned(records, 40)
+
+
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
@@ -540,11 +724,54 @@ def test_batches_do_not_depend_on_the_number_of_workers(records):
     assert children() == before
 
 
-def test_an_unreadable_image_ends_the_stream_by_name(records, tmp_path):
-    good = make_record(tmp_path, 1, 40, 60)
-    Path(good.path).write_bytes(b"no longer an image")
-    with pytest.raises(data.ImageError, match=r"1\.png: not readable"):
-        next(iter(stream([good])))
+def damaged(record, folder):
+    path = folder / Path(record.path).name
+    path.write_bytes(Path(record.path).read_bytes()[:60])
+    return dataclasses.replace(record, path=str(path))
+
+
+@pytest.mark.slow
+def test_an_unreadable_image_is_skipped_and_nothing_else_changes(records, tmp_path, caplog):
+    settings = {"batch_size": 2, "short_edge": (50, 90), "seed": 5}
+    partly = [damaged(record, tmp_path) if record.image_id == 12 else record for record in records]
+    good = take(stream(records, **settings), 20)
+    runs = [take(stream(partly, **settings, max_skipped=0.2, num_workers=n), 20) for n in (0, 2)]
+    assert fingerprint(runs[0]) == fingerprint(runs[1])
+    replaced = 0
+    for before, after in zip(good, runs[0]):
+        np.testing.assert_array_equal(before["sample_key"], after["sample_key"])
+        assert 12 not in after["image_id"]
+        replaced += (before["image_id"] == 12).sum()
+        if 12 not in before["image_id"]:
+            assert fingerprint([before]) == fingerprint([after])
+    assert replaced > 2
+    # The same after an interruption, whose run does not know what was skipped before.
+    resumed = take(stream(partly, **settings, max_skipped=0.2, start=7), 13)
+    assert fingerprint(resumed) == fingerprint(runs[0][7:])
+    warnings = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(warnings) == 3, "one for each stream, however often the image comes"
+    assert all("12.png: not readable" in warning for warning in warnings)
+
+
+def test_too_many_unreadable_images_end_the_stream_by_name(records, tmp_path):
+    broken = [damaged(record, tmp_path) if record.image_id in (12, 13) else record for record in records]
+    take(stream(broken, max_skipped=2 / 7), 20)
+    with pytest.raises(
+        data.DataError, match=r"^2 of 7 images .* DATA\.MAX_DROPPED=0\.2 .*1[23]\.png: not readable"
+    ) as error:
+        take(stream(broken, max_skipped=0.2), 20)
+    assert error.value.exit_code == 4
+    everything = [damaged(record, tmp_path) for record in records]
+    with pytest.raises(data.DataError, match="no image can be read"):
+        take(stream(everything, max_skipped=1.0), 1)
+
+
+def test_only_the_first_skipped_images_are_named(caplog):
+    skipped = data.SkippedImages(1000, 1.0)
+    for number in [*range(1, 201), *range(1, 201)]:
+        skipped.add(f"{number}.jpg", f"{number}.jpg: broken")
+    named = [record.getMessage() for record in caplog.records]
+    assert named == [f"unreadable image {n}, skipped: {n}.jpg: broken" for n in (*range(1, 11), 100)]
 
 
 def numbers_but_13(task):
@@ -716,8 +943,13 @@ def test_evaluation_may_stop_early_and_raises_what_threads_raise(records, tmp_pa
     assert threading.active_count() == threads
     bad = make_record(tmp_path, 1, 60, 90)
     os.remove(bad.path)
-    with pytest.raises(data.ImageError, match=r"1\.png"):
+    with pytest.raises(data.DataError, match=r"1\.png"):
         list(data.EvaluationData([*records, bad], **EVALUATION, num_threads=2))
+    for num_threads in (0, 2):
+        groups = list(data.EvaluationData([bad, *records], **EVALUATION, max_skipped=0.2, num_threads=num_threads))
+        seen = [record.image_id for group, _ in groups for record in group]
+        assert sorted(seen) == [record.image_id for record in records]
+        assert all(len(group) == len(batch["image"]) == len(batch["image_shape"]) for group, batch in groups)
     assert list(data.EvaluationData([], **EVALUATION)) == []
 
 

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 import boxes
 import dataset
-from dataset import CocoDataset, DatasetError, get_dataset, shapes
+from dataset import CocoDataset, DatasetError, TooManyDropped, get_dataset, get_datasets, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_TINY = Path(os.environ.get("RCNN_COCO_TINY", ROOT.parent / "shared" / "coco_tiny"))
@@ -385,6 +385,176 @@ def test_the_image_directory_may_be_a_link(tmp_path, make):
     make()
     (tmp_path / "link").symlink_to(tmp_path / "images")
     assert len(CocoDataset("x", tmp_path / "some.json", tmp_path / "link").records(training=False)) == 2
+
+
+# ------------------------------------------------------------------------------------------- what training leaves out
+
+
+# Each breaks one rule; the image is 60 x 40.
+DROPPED = [
+    ("width or height below 0", {"bbox": [10, 10, -3, 5]}),
+    ("width or height below 0", {"bbox": [10, 10, 3, -5]}),
+    ("width or height 0", {"bbox": [10, 10, 0, 5]}),
+    ("width or height 0", {"bbox": [10, 10, 5, 0]}),
+    ("box outside the image", {"bbox": [60, 5, 9, 9]}),
+    ("box outside the image", {"bbox": [-9, 5, 9, 9]}),
+    ("box outside the image", {"bbox": [1e29, 5, 9, 9]}),
+    ("area <= 1", {"bbox": [10, 10, 0.5, 0.5]}),
+    ("area <= 1", {"bbox": [59.5, 10, 9, 1]}),
+    ("area <= 1", {"area": 0}),
+    ("no usable polygon", {"segmentation": []}),
+    ("no usable polygon", {"segmentation": [[]]}),
+    ("no usable polygon", {"segmentation": [[1, 1, 5, 5]]}),
+    ("no usable polygon", {"segmentation": [[1, 1, 5, 5, 9, 9, 9]]}),
+]
+
+
+@pytest.mark.parametrize(("reason", "change"), DROPPED)
+def test_what_cannot_be_learned_is_left_out_counted_and_named(make, caplog, reason, change):
+    data = make(with_annotations(annotation(), annotation(**change), annotation()))
+    (record,) = data.records(training=True, max_dropped=0.34)
+    assert len(record.labels) == 2
+    assert f"1 object of 3 left out of training ({reason}: 1):\n  annotation id 2: {reason}, bbox [" in caplog.text
+    assert "(in 5.jpg)" in caplog.text
+    with pytest.raises(
+        TooManyDropped, match=r"some\.json: 1 object of 3 .*\n.*id 2.*\n.*33\.00%.*DATA\.MAX_DROPPED"
+    ) as error:
+        data.records(training=True, max_dropped=0.33)
+    assert error.value.exit_code == 4
+    if "polygon" in reason:
+        assert len(data.records(training=True, max_dropped=0, masks=False)[0].labels) == 3
+
+
+def test_the_first_ten_dropped_objects_are_named(make, caplog):
+    make(with_annotations(*[annotation(bbox=[0, 0, 0, 0])] * 12, annotation())).records(training=True)
+    assert "12 objects of 13" in caplog.text
+    assert "annotation id 10:" in caplog.text and "annotation id 11:" not in caplog.text
+    assert "and 2 more" in caplog.text
+
+
+def test_what_is_clipped_or_ignored_is_not_dropped(make, caplog):
+    far = [*SQUARE[:4], 1e9, 1e9, *SQUARE[6:]]
+    data = make(
+        with_annotations(
+            annotation(bbox=[-50, -50, 100, 100]), annotation(ignore=1), annotation(segmentation=[far, [1, 2]])
+        )
+    )
+    (record,) = data.records(training=True, max_dropped=0)
+    assert len(record.labels) == 2 and not caplog.records
+    np.testing.assert_array_equal(record.boxes_xyxy[0], [0, 0, 50, 40])
+    # The native code crashes on such coordinates, unless they are cut off.
+    mask = boxes.segmentation_to_mask(record.segmentations[1], 40, 60)
+    assert mask[10:30, 10:30].any() and not mask[:5].any()
+
+
+# ------------------------------------------------------------------------------------------------------ files by name
+
+
+def write_set(folder, name, content):
+    (folder / "images").mkdir(exist_ok=True)
+    for entry in content["images"]:
+        (folder / "images" / entry["file_name"]).touch()
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return f"{folder / name}.json:{folder / 'images'}"
+
+
+def test_a_json_and_its_images_are_a_data_set(tmp_path, monkeypatch):
+    path = write_set(tmp_path, "a train", coco_json())
+    data = get_dataset(path, "/nowhere")
+    assert (data.name, data.annotation_file) == ("a train", str(tmp_path / "a train.json"))
+    assert [record.image_id for record in data.records(training=False)] == [5, 9]
+    monkeypatch.chdir(tmp_path)
+    assert get_dataset("a train.json:images").class_names == data.class_names
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert get_dataset("~/a train.json:~/images").class_names == data.class_names
+    with pytest.raises(DatasetError, match=r"other: no annotation file .*other\.json"):
+        get_dataset("other.json:images")
+    with pytest.raises(DatasetError, match="a train: no image directory elsewhere"):
+        get_dataset("a train.json:elsewhere")
+    with pytest.raises(DatasetError, match=r"ANNOTATIONS\.json:IMAGE_DIR"):
+        get_dataset("a train.json")
+
+
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    path = write_set(tmp_path, "a", coco_json())
+    first, other, again = get_datasets([path, write_set(tmp_path, "b", coco_json()), path])
+    assert first is again and first is not other
+
+
+def test_names_for_files_are_short_and_differ(tmp_path):
+    names = ["coco_val2017", "x/val.json:i", "y/val.json:i", "x/val.json:i", "val.v2.json:j", "z/val.json:i"]
+    expected = ["coco_val2017", "val", "val-2", "val", "val.v2", "val-3"]
+    assert dataset.short_names(names) == expected
+    (tmp_path / "other").mkdir()
+    paths = [write_set(folder, "val", coco_json()) for folder in (tmp_path, tmp_path / "other")]
+    assert [data.name for data in get_datasets(paths)] == ["val", "val-2"]
+
+
+def categories(*names):
+    return [{"id": number, "name": name} for number, name in enumerate(names)]
+
+
+def test_data_sets_must_agree_on_their_classes(tmp_path):
+    def agree(*names):
+        content = coco_json(categories=categories(*names), annotations=[])
+        return get_datasets([write_set(tmp_path, "a", coco_json()), write_set(tmp_path, "b", content)])
+
+    # Other ids in the same order are the same classes; results have each file's own.
+    first, second = agree("ant", "cat", "owl")
+    assert (first.category_ids, second.category_ids) == ((0, 7, 90), (0, 1, 2))
+    for names, difference in (
+        (("cat", "ant", "owl"), r"their ids put them in another order \(class 1 is cat, not ant\)"),
+        (("ant", "cat"), "owl missing$"),
+        (("ant", "cat", "dog", "elk", "owl"), "dog, elk added"),
+        (("ant", "cat", "dog"), "owl missing; dog added"),
+        (("ant", "cat", "owl", "owl"), "4, not 3 classes"),
+    ):
+        with pytest.raises(DatasetError, match=f"^the classes of b are not those of a: {difference}"):
+            agree(*names)
+
+
+def test_the_problems_of_all_data_sets_come_together(tmp_path):
+    good = write_set(tmp_path, "good", coco_json())
+    broken = write_set(tmp_path, "broken", coco_json(annotations=[annotation(bbox=None)]))
+    other = write_set(tmp_path, "other", coco_json(categories=categories("dog"), annotations=[]))
+    with pytest.raises(DatasetError) as error:
+        get_datasets([good, broken, "gone.json:images", other])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    for line, part in zip(lines, ("broken.json: annotation id 1 (in", "gone: no annotation file", "classes of other")):
+        assert part.split(" (in")[0] in line
+
+
+class TextDataset(CocoDataset):
+    """Another format: lines of file name, width, height, class, box."""
+
+    def read_content(self):
+        content = {"images": [], "annotations": [], "categories": categories("ant", "cat")}
+        for number, line in enumerate(Path(self.source_file).read_text().splitlines()):
+            name, width, height, category_id, *bbox = line.split()
+            entry = {"id": number, "file_name": name, "width": int(width), "height": int(height)}
+            content["images"].append(entry)
+            box = [float(value) for value in bbox]
+            content["annotations"].append(
+                {"id": number, "image_id": number, "category_id": int(category_id), "bbox": box}
+            )
+        return content
+
+
+def test_another_format_is_one_method(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "list.txt").write_text("a.jpg 60 40 1 10 10 20 20\nb.jpg 60 40 0 5 5 9 9\n")
+    data = TextDataset("lines", tmp_path / "list.txt", tmp_path / "images")
+    first, second = data.records(training=True, masks=False)
+    assert (first.labels.tolist(), second.labels.tolist()) == ([2], [1])
+    np.testing.assert_array_equal(first.boxes_xyxy, [[10, 10, 30, 30]])
+    # For the evaluation, the same in COCO's format.
+    assert json.loads(Path(data.annotation_file).read_text())["annotations"][1]["bbox"] == [5, 5, 9, 9]
+    (tmp_path / "list.txt").write_text("a.jpg 60 40 7 10 10 20 20\n")
+    with pytest.raises(DatasetError, match=r"list\.txt: annotation id 0 has an unknown category_id: 7 \(in a\.jpg\)"):
+        TextDataset("lines", tmp_path / "list.txt", tmp_path / "images")
 
 
 # ------------------------------------------------------------------------------------------------------------ registry

@@ -132,6 +132,23 @@ class TestTraining:
         assert "Traceback" not in result.stderr
         assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
+    def test_one_broken_image_is_left_out_and_named(self, basedir, tmp_path):
+        """And one broken object: the run goes on, and its log says so."""
+        shapes.generate(tmp_path, train=4, val=1, size=64, seed=4)
+        image = sorted((tmp_path / "shapes_train").iterdir())[0]
+        image.write_bytes(image.read_bytes()[:-10])
+        annotation_file = tmp_path / "annotations" / "instances_shapes_train.json"
+        content = json.loads(annotation_file.read_text())
+        content["annotations"][-1]["bbox"] = [0, 0, 0, 0]
+        annotation_file.write_text(json.dumps(content))
+        settings = [*SETTINGS, f"DATA.BASEDIR={tmp_path}", "DATA.MAX_DROPPED=0.3", "DATA.VAL=[]"]
+        result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
+        assert result.returncode == 0, result.stderr
+        log = (tmp_path / "run" / "log.log").read_text()
+        assert log.count("unreadable image 1, skipped") == 1
+        assert f"{image}: the image is cut off" in log
+        assert "1 object of " in log and "width or height 0" in log
+
     def test_a_diverged_run_ends_with_an_error_and_saves_nothing(self, basedir, tmp_path):
         settings = [*SETTINGS, f"DATA.BASEDIR={basedir}", "TRAIN.BASE_LR=1e9", "TRAIN.WARMUP=0"]
         result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
