@@ -135,6 +135,10 @@ DEFAULTS = dict(
         BATCH_SIZE_PER_GPU=1,  # images
         PRECISION="float32",  # float32, bfloat16 or float16
         FRCNN_NMS_THRESH=0.5,  # IoU above which the lesser of two detections of one class goes
+        SOFT_NMS="None",  # "linear" or "gaussian": overlapping detections lose score instead of going
+        SOFT_NMS_SIGMA=0.5,  # gaussian: IoU^2 at which the score falls to 1 / e
+        TTA_FLIP=False,  # test-time augmentation: look at the mirror image, too, and merge what is found
+        TTA_SCALES=[1.0],  # ... and at these multiples of the test size
         RESULT_SCORE_THRESH=0.05,  # detections need a score above this one
         RESULT_SCORE_THRESH_VIS=0.5,  # the same, in pictures
         RESULTS_PER_IM=100,  # most detections of an image
@@ -429,6 +433,7 @@ CHOICES = {
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "TRAIN.PRECISION": ("float32", "bfloat16"),  # float16 would need its loss scaled
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
+    "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
     "FPN.NORM": ("None", "GN"),
     "FPN.FRCNN_HEAD_FUNC": ("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"),
@@ -473,6 +478,9 @@ UNUSED = (
         "RPN.TRAIN_PRE_NMS_TOPK RPN.TRAIN_POST_NMS_TOPK RPN.TEST_PRE_NMS_TOPK RPN.TEST_POST_NMS_TOPK",
     ),
     ("FPN.PROPOSAL_MODE=Joint", "RPN.TRAIN_PER_LEVEL_NMS_TOPK RPN.TEST_PER_LEVEL_NMS_TOPK"),
+    ("TEST.SOFT_NMS=None", "TEST.SOFT_NMS_SIGMA"),
+    ("TEST.SOFT_NMS=linear", "TEST.SOFT_NMS_SIGMA"),
+    ("TEST.SOFT_NMS=gaussian", "TEST.FRCNN_NMS_THRESH"),
     ("FPN.CASCADE=False", "CASCADE."),
     ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
     ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
@@ -510,6 +518,8 @@ def _contradictions(c):
         yield "RPN.ANCHOR_SIZES must be one size for each of FPN.ANCHOR_STRIDES where MODE_FPN=True"
     if not c.MODE_FPN and rpn.ANCHOR_STRIDE != 16:
         yield "RPN.ANCHOR_STRIDE must be 16, the stride of the C4 map, where MODE_FPN=False"
+    if not c.TEST.TTA_SCALES:
+        yield "TEST.TTA_SCALES must be one scale at least"
     if not (rpn.ANCHOR_SIZES and rpn.ANCHOR_RATIOS):
         yield "RPN.ANCHOR_SIZES and RPN.ANCHOR_RATIOS must not be empty"
     if rpn.NEGATIVE_ANCHOR_THRESH > rpn.POSITIVE_ANCHOR_THRESH:

@@ -27,6 +27,7 @@ import boxes
 import checkpoint
 import data
 import metrics
+import tta
 from checkpoint import unused_path
 from config import UserError, config
 from metrics import EvaluationError, NonFiniteError
@@ -135,7 +136,27 @@ def load_predictor(checkpoint_path):
             _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
             predict = inference.freeze(session)
     logger.info("\n".join(report))
-    return predict
+    return with_augmentation(predict)
+
+
+def with_augmentation(predict):
+    """`predict`, or what the settings of test-time augmentation make of it: see tta.py."""
+    if not uses_augmentation():
+        return predict
+    _, multiple = data.network_geometry()
+    return tta.augmented(
+        predict,
+        scales=config.TEST.TTA_SCALES,
+        flip=config.TEST.TTA_FLIP,
+        multiple=multiple,
+        iou_threshold=config.TEST.FRCNN_NMS_THRESH,
+        max_per_image=config.TEST.RESULTS_PER_IM,
+    )
+
+
+def uses_augmentation():
+    """Whether test-time augmentation is configured."""
+    return config.TEST.TTA_FLIP or set(config.TEST.TTA_SCALES) != {1.0}
 
 
 def predict_images(predict, images, *, geometry=None):
@@ -394,7 +415,7 @@ class EvalCallback(Callback):
         self._inference = self._build_inference()
 
     def _before_train(self):
-        self._predict = self._inference.bind(self.trainer.sess)
+        self._predict = with_augmentation(self._inference.bind(self.trainer.sess))
 
     def _trigger_epoch(self):
         is_last = self.epoch_num == self.trainer.max_epoch

@@ -493,6 +493,8 @@ def _detect(roi_features, proposals, image_shape):
         score_threshold=config.TEST.RESULT_SCORE_THRESH,
         nms_threshold=config.TEST.FRCNN_NMS_THRESH,
         max_per_image=config.TEST.RESULTS_PER_IM,
+        soft_nms=config.TEST.SOFT_NMS,
+        soft_nms_sigma=config.TEST.SOFT_NMS_SIGMA,
     )
 
 
