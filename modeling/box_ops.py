@@ -205,7 +205,7 @@ def batched_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_thresho
     """
     b, candidates, classes = tf.unstack(tf.shape(scores))
     boxes = tf.broadcast_to(boxes, [b, candidates, classes, 4])
-    problem = tf.range(b)
+    problem, known_shape = tf.range(b), scores.shape
 
     def pick(i, scores, picks):
         best = tf.argmax(tf.reshape(scores, [b, candidates * classes]), axis=1, output_type=tf.int32)
@@ -219,7 +219,11 @@ def batched_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_thresho
         is_rival = tf.one_hot(class_index, classes, True, False)[:, None]
         scores = tf.where(is_rival & (scores > 0.0), scores * factor, scores)
         scores = tf.tensor_scatter_nd_update(scores, place, tf.fill([b], NO_SCORE))
-        return i + 1, scores, [all_.write(i, one) for all_, one in zip(picks, (box, score, class_index))]
+        return (
+            i + 1,
+            tf.ensure_shape(scores, known_shape),
+            [array.write(i, x) for array, x in zip(picks, (box, score, class_index))],
+        )
 
     picks = [tf.TensorArray(dtype, max_output) for dtype in (tf.float32, tf.float32, tf.int32)]
     _, _, picks = tf.while_loop(lambda i, *_: i < max_output, pick, (0, scores, picks))
