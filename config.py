@@ -77,6 +77,7 @@ DEFAULTS = dict(
         STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
         EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last
+        EVAL_PICTURES=0,  # images of each data set that an evaluation draws into TensorBoard, beside the ground truth
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
         STALL_TIMEOUT=600.0,  # seconds without a step after which a run ends; 20 median steps where that is longer
     ),
@@ -460,8 +461,8 @@ RANGES = (
     (
         "0 or more",
         lambda x: 0 <= x < 2**31,
-        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR
-        RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
+        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.EVAL_PICTURES
+        TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
     ),
     ("from 0 to 255", lambda x: 0 <= x <= 255, "PREPROC.PIXEL_MEAN"),
     ("-1 (not known yet) or above 0", lambda x: x == -1 or 0 < x < 2**31, "DATA.NUM_CATEGORY"),

@@ -393,7 +393,7 @@ class EvalCallback(Callback):
 
     _chief_only = False
 
-    def __init__(self, build_inference, datasets, *, period_epochs, output_dir, ranks, before_batch, offer):
+    def __init__(self, build_inference, datasets, *, period_epochs, output_dir, ranks, before_batch, offer, draw=None):
         """
         Args:
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `predict`
@@ -404,12 +404,13 @@ class EvalCallback(Callback):
             ranks: Ranks, which share the work.
             before_batch: called before each batch; may raise, to end the training.
             offer: called with the name and the value of the first data set's AP, of masks if the model has them.
+            draw: None, or a function (predict, dataset) that yields (name, picture uint8 [H, W, 3] RGB) to show.
         """
         self._build_inference = build_inference
         self._datasets = datasets
         self._period = period_epochs
         self._output_dir = Path(output_dir)
-        self._ranks, self._before_batch, self._offer = ranks, before_batch, offer
+        self._ranks, self._before_batch, self._offer, self._draw = ranks, before_batch, offer, draw
 
     def _setup_graph(self):
         self._inference = self._build_inference()
@@ -433,4 +434,7 @@ class EvalCallback(Callback):
         for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)
+        if self._draw and self._ranks.rank == 0:
+            for name, picture in self._draw(self._predict, dataset):
+                self.trainer.monitors.put_image(name, picture)
         return values

@@ -9,6 +9,7 @@ config.py explains every setting. The run's logs, checkpoints and configuration 
 # once, and the workers that load images, which run the top of this file too, stay light.
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -304,9 +305,11 @@ def make_callbacks(run, schedule, guard, saver, *, steps_done):
     from tensorpack.callbacks import EstimatedTimeLeft
 
     import callbacks
+    import inspection
     from eval import EvalCallback
     from modeling.rcnn import Inference
 
+    pictures = functools.partial(inspection.compare_with_truth, count=config.TRAIN.EVAL_PICTURES)
     return [
         callbacks.LearningRateSetter(schedule),
         callbacks.FirstEpochFrom(steps_done),
@@ -321,6 +324,7 @@ def make_callbacks(run, schedule, guard, saver, *, steps_done):
             ranks=run.ranks,
             before_batch=guard.check,
             offer=saver.offer,
+            draw=pictures if config.TRAIN.EVAL_PICTURES else None,
         ),
         EstimatedTimeLeft(),
     ]
