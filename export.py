@@ -5,7 +5,7 @@ takes images in one of two ways (signatures):
 
     serving_default   image uint8 [N, H, W, 3] BGR, padded at the bottom and right; image_shape int32 [N, 2], height and
                       width of the part that is image
-    encoded           image_bytes string [N], JPEG, PNG or BMP files; their EXIF orientation is not looked at
+    encoded           image_bytes string [N], JPEG, PNG, WebP or BMP files; JPEGs are turned upright as their EXIF says
 
 and returns for each image its K detections, best first, K that of the image with the most; others are filled up with 0:
 

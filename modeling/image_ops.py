@@ -5,6 +5,7 @@ Shapes: N images, H and W of the padded batch, h and w of the resized one, R RoI
 
 import tensorflow as tf
 
+EXIF_LIMIT = 2**16  # bytes in which a file's orientation is looked for
 COEFFICIENT_BITS = 11  # of OpenCV's fixed-point interpolation
 
 
@@ -12,14 +13,15 @@ def decode_images(contents):
     """Image files to a padded batch.
 
     Args:
-        contents: string [N], the bytes of JPEG, PNG, BMP or GIF (its first frame) files. Not turned as EXIF says.
+        contents: string [N], the bytes of JPEG, PNG, WebP, BMP or GIF (its first frame) files. JPEGs are turned
+            upright, as their EXIF says.
     Returns:
         image uint8 [N, H, W, 3] BGR, zeros at the bottom and right; image_shape int32 [N, 2]
     """
     count = tf.shape(contents)[0]
 
     def decode(i, images, shapes):
-        image = tf.reverse(_decode(contents[i]), [2])
+        image = tf.reverse(_upright(_decode(contents[i]), _exif_orientation(contents[i])), [2])
         return i + 1, images.write(i, image), shapes.write(i, tf.shape(image)[:2])
 
     images = tf.TensorArray(tf.uint8, count, infer_shape=False, clear_after_read=False)
@@ -43,6 +45,38 @@ def _decode(content):
         lambda: tf.io.decode_jpeg(content, channels=3, dct_method="INTEGER_ACCURATE"),
         lambda: tf.io.decode_image(content, channels=3, expand_animations=False),
     )
+    return tf.ensure_shape(image, [None, None, 3])
+
+
+def _exif_orientation(content):
+    """Which way up a JPEG is, by the tag 0x112 in the first directory of its EXIF (a TIFF file in its header): scalar
+    int32, 1 to 8; 1 where it doesn't say."""
+    header = tf.cast(tf.io.decode_raw(tf.strings.substr(content, 0, EXIF_LIMIT), tf.uint8), tf.int32)
+    header = tf.pad(header, [[0, 64]])  # something to read beyond the end, too
+    length = tf.shape(header)[0]
+    marker = [tf.equal(header[i : length - 5 + i], byte) for i, byte in enumerate(b"Exif\0\0")]
+    starts = tf.where(tf.reduce_all(marker, axis=0))[:, 0]
+    tiff = tf.cast(tf.concat([starts, [0]], axis=0)[0], tf.int32) + 6
+    is_little_endian = tf.equal(header[tf.minimum(tiff, length - 1)], ord("I"))
+
+    def number(position, size):
+        index = tf.expand_dims(position, -1) + tf.where(is_little_endian, tf.range(size)[::-1], tf.range(size))
+        digits = tf.gather(header, tf.clip_by_value(index, 0, length - 1))
+        return tf.reduce_sum(digits * 256 ** tf.range(size)[::-1], axis=-1)
+
+    directory = tiff + number(tiff + 4, 4)
+    entries = directory + 2 + 12 * tf.range(number(directory, 2))
+    values = number(tf.boolean_mask(entries, tf.equal(number(entries, 2), 0x112)) + 8, 2)
+    value = tf.concat([values, [1]], axis=0)[0]
+    is_known = tf.io.is_jpeg(content) & (tf.size(starts) > 0) & (value >= 1) & (value <= 8)
+    return tf.where(is_known, value, 1)
+
+
+def _upright(image, orientation):
+    """An image [H, W, 3] with EXIF's orientation 1 to 8 as it is to be seen."""
+    image = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+    image = tf.where(tf.reduce_any(tf.equal(orientation, [3, 4, 7, 8])), image[::-1], image)
+    image = tf.where(tf.reduce_any(tf.equal(orientation, [2, 3, 6, 7])), image[:, ::-1], image)
     return tf.ensure_shape(image, [None, None, 3])
 
 

@@ -1,5 +1,7 @@
 """What an exported graph does by itself: resizing, pasting and decoding are those of OpenCV and NumPy, bit by bit."""
 
+import struct
+
 import cv2
 import numpy as np
 import pytest
@@ -94,6 +96,36 @@ def test_decoding_equals_opencv():
     with tf.Graph().as_default(), tfv1.Session() as session:
         batch, shapes = session.run(image_ops.decode_images(tf.constant(files)))
     expected = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+    expected, expected_shapes = data.pad_images(expected, multiple=1)
+    np.testing.assert_array_equal(shapes, expected_shapes)
+    np.testing.assert_array_equal(batch, expected)
+
+
+def exif_jpeg(image, orientation, *, byte_order, before=b""):
+    """A JPEG with an EXIF segment of three tags, orientation the second, after the segments `before`."""
+    end = "<" if byte_order == b"II" else ">"
+    entries = [
+        (0x10F, 2, 3, b"me\0\0"),
+        (0x112, 3, 1, struct.pack(end + "HH", orientation, 0)),
+        (0x128, 3, 1, bytes(4)),
+    ]
+    directory = b"".join(struct.pack(end + "HHI", *entry[:3]) + entry[3] for entry in entries)
+    tiff = byte_order + struct.pack(end + "HIH", 42, 8, len(entries)) + directory + bytes(4)
+    content = b"Exif\0\0" + tiff
+    segment = b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    return jpeg[:2] + before + segment + jpeg[2:]
+
+
+def test_jpegs_are_turned_as_opencv_turns_them():
+    image = cv2.blur(np.random.default_rng(6).integers(0, 256, (24, 40, 3), dtype=np.uint8), (5, 5))
+    files = [exif_jpeg(image, number, byte_order=order) for order in (b"II", b"MM") for number in range(10)]
+    comment = b"\xff\xfe\x00\x06Exif"  # a decoy
+    files += [exif_jpeg(image, 6, byte_order=b"MM", before=comment), cv2.imencode(".png", image)[1].tobytes()]
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        batch, shapes = session.run(image_ops.decode_images(tf.constant(files)))
+    expected = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+    assert len({each.shape for each in expected}) == 2 and not np.array_equal(expected[1], expected[3])
     expected, expected_shapes = data.pad_images(expected, multiple=1)
     np.testing.assert_array_equal(shapes, expected_shapes)
     np.testing.assert_array_equal(batch, expected)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from browser import Browser, needs_browser
-from test_export import make_model
+from tiny_models import make_model
 
 import data
 import viz
