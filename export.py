@@ -29,7 +29,7 @@ import tensorflow as tf
 import checkpoint
 import data
 from config import UserError
-from eval import ImageDetections
+from eval import ImageDetections, uses_augmentation
 from modeling import image_ops, rcnn
 
 tfv1 = tf.compat.v1
@@ -198,8 +198,11 @@ def export(predictor, checkpoint_path, image, *, format_name, saved_model=None, 
         a line for each of the two that was made, with the differences
 
     Raises:
-        ExportError: the results differ by more than the tolerances. UserError: a path exists or cannot be written.
+        ExportError: the results differ by more than the tolerances. UserError: a path exists or cannot be written, or
+            test-time augmentation is configured, which is not part of the graph.
     """
+    if uses_augmentation():
+        raise UserError("test-time augmentation is not exported: set TEST.TTA_FLIP=False and TEST.TTA_SCALES=[1.0]")
     kind = FORMATS[format_name](predictor.geometry, predictor.class_names)
     expected, lines = kind.expected(predictor, image), []
     with _new_path(saved_model) as folder, _new_path(frozen_graph) as file:

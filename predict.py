@@ -237,8 +237,6 @@ def export_model(arguments, checkpoint_path):
             raise UserError(f"{path} exists already: name another place, or move it away")
     if arguments.confidence_threshold is not None:
         config.TEST.RESULT_SCORE_THRESH = arguments.confidence_threshold
-    if config.TEST.TTA_FLIP or set(config.TEST.TTA_SCALES) != {1.0}:
-        raise UserError("test-time augmentation is not exported: set TEST.TTA_FLIP=False and TEST.TTA_SCALES=[1.0]")
     freeze_config(class_names())
     if arguments.check_image:
         image = data.load_image(arguments.check_image)

@@ -91,8 +91,8 @@ def resized_shape(image_shape, *, short_edge, max_size, min_edge):
 def resize(image, image_shape, new_shape, size):
     """Each image of a padded batch at its new size: exactly what cv2.resize(..., INTER_LINEAR) makes of uint8.
 
-    OpenCV interpolates with weights rounded to 11 bits, rows first; then it drops 4 bits, and 16 of the product with
-    the columns' weights, and rounds what is left to 8 bits (its modules/imgproc/src/resize.cpp).
+    OpenCV interpolates with weights rounded to 11 bits, along x first; then it drops 4 bits, and 16 of the product with
+    the weights along y, and rounds what is left to 8 bits (its modules/imgproc/src/resize.cpp).
 
     Args:
         image: uint8 [N, H, W, 3]. image_shape, new_shape: int32 [N, 2], height and width before and after.
