@@ -81,6 +81,7 @@ DEFAULTS = dict(
         STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
         EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last
+        EVAL_PICTURES=0,  # images of each data set that an evaluation draws into TensorBoard, beside the ground truth
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
         STALL_TIMEOUT=600.0,  # seconds without a step after which a run ends; 20 median steps where that is longer
     ),
@@ -142,6 +143,10 @@ DEFAULTS = dict(
         BATCH_SIZE_PER_GPU=1,  # images
         PRECISION="float32",  # float32, bfloat16 or float16
         FRCNN_NMS_THRESH=0.5,  # IoU above which the lesser of two detections of one class goes
+        SOFT_NMS="None",  # "linear" or "gaussian": overlapping detections lose score instead of going
+        SOFT_NMS_SIGMA=0.5,  # gaussian: IoU^2 at which the score falls to 1 / e
+        TTA_FLIP=False,  # test-time augmentation: look at the mirror image, too, and merge what is found
+        TTA_SCALES=[1.0],  # ... and at these multiples of the test size
         RESULT_SCORE_THRESH=0.05,  # detections need a score above this one
         RESULT_SCORE_THRESH_VIS=0.5,  # the same, in pictures
         RESULTS_PER_IM=100,  # most detections of an image
@@ -448,6 +453,7 @@ CHOICES = {
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "TRAIN.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
+    "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
     "FPN.NORM": ("None", "GN"),
     "FPN.FRCNN_HEAD_FUNC": ("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"),
@@ -477,8 +483,8 @@ RANGES = (
     (
         "0 or more",
         lambda x: 0 <= x < 2**31,
-        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.WARMUP_INIT_LR
-        RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
+        """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.EVAL_PICTURES
+        TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
     ),
     ("whole numbers", lambda x: True, "DATA.CATEGORY_IDS"),
     ("0 (no crop), or at least 32", lambda x: x == 0 or 32 <= x < 2**15, "PREPROC.TRAIN_CROP_SIZE"),
@@ -497,6 +503,9 @@ UNUSED = (
         "RPN.TRAIN_PRE_NMS_TOPK RPN.TRAIN_POST_NMS_TOPK RPN.TEST_PRE_NMS_TOPK RPN.TEST_POST_NMS_TOPK",
     ),
     ("FPN.PROPOSAL_MODE=Joint", "RPN.TRAIN_PER_LEVEL_NMS_TOPK RPN.TEST_PER_LEVEL_NMS_TOPK"),
+    ("TEST.SOFT_NMS=None", "TEST.SOFT_NMS_SIGMA"),
+    ("TEST.SOFT_NMS=linear", "TEST.SOFT_NMS_SIGMA"),
+    ("TEST.SOFT_NMS=gaussian", "TEST.FRCNN_NMS_THRESH"),
     ("FPN.CASCADE=False", "CASCADE."),
     ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
     ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
@@ -535,6 +544,8 @@ def _contradictions(c):
         yield "RPN.ANCHOR_SIZES must be one size for each of FPN.ANCHOR_STRIDES where MODE_FPN=True"
     if not c.MODE_FPN and rpn.ANCHOR_STRIDE != 16:
         yield "RPN.ANCHOR_STRIDE must be 16, the stride of the C4 map, where MODE_FPN=False"
+    if not c.TEST.TTA_SCALES:
+        yield "TEST.TTA_SCALES must be one scale at least"
     if not (rpn.ANCHOR_SIZES and rpn.ANCHOR_RATIOS):
         yield "RPN.ANCHOR_SIZES and RPN.ANCHOR_RATIOS must not be empty"
     if rpn.NEGATIVE_ANCHOR_THRESH > rpn.POSITIVE_ANCHOR_THRESH:

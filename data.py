@@ -142,8 +142,10 @@ class Geometry(NamedTuple):
 
 
 def inference_geometry():
-    """The Geometry of the configured model in evaluation and prediction."""
-    return Geometry(config.PREPROC.TEST_SHORT_EDGE_SIZE, *network_geometry())
+    """The Geometry of the configured model in evaluation and prediction; of test-time augmentation's largest scale."""
+    max_size, multiple = network_geometry()
+    scale = max(config.TEST.TTA_SCALES)
+    return Geometry(round(config.PREPROC.TEST_SHORT_EDGE_SIZE * scale), max_size * scale, multiple)
 
 
 def evaluation_data(records, *, shard_index=0, num_shards=1):
@@ -193,9 +195,7 @@ def _find(pattern, suffixes):
 
 
 def load_image(path):
-    """An image file as uint8 [H, W, 3] BGR, upright (EXIF orientation applied).
-
-    Grayscale, palette, CMYK and 16-bit images are converted; an alpha channel is dropped.
+    """An image file as uint8 [H, W, 3] BGR: see `decode_image`.
 
     Raises:
         ImageError: missing, unreadable, cut off, no image, or one of more than MAX_PIXELS.
@@ -205,15 +205,29 @@ def load_image(path):
             content = file.read()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror}") from error
+    return decode_image(content, path)
+
+
+def decode_image(content, name):
+    """The content of an image file as uint8 [H, W, 3] BGR, upright (EXIF orientation applied).
+
+    Grayscale, palette, CMYK and 16-bit images are converted; an alpha channel is dropped.
+
+    Args:
+        content: bytes. name: for messages.
+
+    Raises:
+        ImageError: cut off, or no image.
+    """
     if _is_cut_off(content):
-        raise ImageError(f"{path}: the image is cut off ({len(content)} bytes)")
-    _read_header(path, io.BytesIO(content))
+        raise ImageError(f"{name}: the image is cut off ({len(content)} bytes)")
+    _read_header(name, io.BytesIO(content))
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise ImageError(f"{path}: not readable as an image ({error.err})") from error
+        raise ImageError(f"{name}: not readable as an image ({error.err})") from error
     if image is None:
-        raise ImageError(f"{path}: not readable as an image")
+        raise ImageError(f"{name}: not readable as an image")
     return image
 
 

@@ -27,6 +27,7 @@ import boxes
 import checkpoint
 import data
 import metrics
+import tta
 from checkpoint import unused_path
 from config import UserError, config
 from metrics import EvaluationError, NonFiniteError
@@ -134,7 +135,27 @@ def load_predictor(checkpoint_path):
             _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
             predict = inference.freeze(session)
     logger.info("\n".join(report))
-    return predict
+    return with_augmentation(predict)
+
+
+def with_augmentation(predict):
+    """`predict`, or what the settings of test-time augmentation make of it: see tta.py."""
+    if not uses_augmentation():
+        return predict
+    _, multiple = data.network_geometry()
+    return tta.augmented(
+        predict,
+        scales=config.TEST.TTA_SCALES,
+        flip=config.TEST.TTA_FLIP,
+        multiple=multiple,
+        iou_threshold=config.TEST.FRCNN_NMS_THRESH,
+        max_per_image=config.TEST.RESULTS_PER_IM,
+    )
+
+
+def uses_augmentation():
+    """Whether test-time augmentation is configured."""
+    return config.TEST.TTA_FLIP or set(config.TEST.TTA_SCALES) != {1.0}
 
 
 def predict_images(predict, images, *, geometry=None):
@@ -390,7 +411,17 @@ class EvalCallback(Callback):
     _chief_only = False
 
     def __init__(
-        self, build_inference, datasets, *, period_epochs, output_dir, ranks, num_parallel, before_batch, offer
+        self,
+        build_inference,
+        datasets,
+        *,
+        period_epochs,
+        output_dir,
+        ranks,
+        num_parallel,
+        before_batch,
+        offer,
+        draw=None,
     ):
         """
         Args:
@@ -402,19 +433,20 @@ class EvalCallback(Callback):
             ranks: Ranks, which share the work. num_parallel: how many threads may call `predict` at once.
             before_batch: called before each batch; may raise, to end the training.
             offer: called with the name and the value of the first data set's AP, of masks if the model has them.
+            draw: None, or a function (predict, dataset) that yields (name, picture uint8 [H, W, 3] RGB) to show.
         """
         self._build_inference = build_inference
         self._datasets = datasets
         self._period = period_epochs
         self._output_dir = Path(output_dir)
-        self._offer = offer
+        self._offer, self._draw = offer, draw
         self._options = {"ranks": ranks, "num_parallel": num_parallel, "before_batch": before_batch}
 
     def _setup_graph(self):
         self._inference = self._build_inference()
 
     def _before_train(self):
-        self._predict = self._inference.bind(self.trainer.sess)
+        self._predict = with_augmentation(self._inference.bind(self.trainer.sess))
 
     def _trigger_epoch(self):
         is_last = self.epoch_num == self.trainer.max_epoch
@@ -435,4 +467,7 @@ class EvalCallback(Callback):
         for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)
+        if self._draw and self._options["ranks"].rank == 0:
+            for name, picture in self._draw(self._predict, dataset):
+                self.trainer.monitors.put_image(name, picture)
         return values

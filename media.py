@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 import data
 import viz
+from checkpoint import unused_path
 from config import UserError
-from eval import ResultsFile, coco_results, unused_path
+from eval import ResultsFile, coco_results
 
 THREADS = 4
 MAX_AHEAD = 8  # images that are decoded before the network has time for them, or wait to be drawn

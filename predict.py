@@ -4,42 +4,61 @@
     ./predict.py --predict IMAGE|FOLDER|GLOB ... --load CHECKPOINT    pictures of what was found
     ./predict.py --video VIDEO ... --load CHECKPOINT                  videos of it
     ./predict.py --evaluate OUT.json --load CHECKPOINT                COCO results and metrics on DATA.VAL
+    ./predict.py --visualize IMAGE|IMAGE_ID ... --load CHECKPOINT     proposals, raw predictions, results, ground truth
+    ./predict.py --output-serving DIR --load CHECKPOINT               a SavedModel, for TensorFlow Serving
 
 The settings are those of the config.json beside the checkpoint; --config changes them.
 """
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import checkpoint
 import data
 import viz
 from config import UserError, config
-from dataset import class_difference, get_datasets, short_names
+from dataset import class_difference, get_datasets, shapes, short_names
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
+    task = parser.add_mutually_exclusive_group()
     predict_help = "image files, folders of images, or patterns; picture of each: STEM-detections.png"
     task.add_argument("--predict", nargs="+", metavar="IMAGE", help=predict_help)
     task.add_argument("--video", nargs="+", metavar="VIDEO", help="video files; video of each: STEM-detections.mp4")
     evaluate_help = "results file, which must not exist; with several data sets OUT-DATASET.json for each"
+    visualize_help = "image files, or ids of images in DATA.VAL; what each stage makes of them, beside the ground truth"
+    task.add_argument("--visualize", nargs="+", metavar="IMAGE", help=visualize_help)
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
+    parser.add_argument("--output-serving", type=Path, metavar="DIR", help="export a SavedModel to a new folder")
+    parser.add_argument("--output-pb", type=Path, metavar="FILE", help="export a frozen graph to a new file")
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
     parser.add_argument("--json", action="store_true", help="write results beside each picture or video, too")
     threshold_help = "lowest score in pictures and their results (default: TEST.RESULT_SCORE_THRESH_VIS)"
     parser.add_argument("--confidence-threshold", type=_score, metavar="SCORE", help=threshold_help)
+    tensors_help = "with --visualize: tensors to describe, save (.npz) and draw; * stands for any text"
+    parser.add_argument("--tensors", nargs="+", default=[], metavar="NAME", help=tensors_help)
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="show only these classes")
+    format_help = "of an export: complete (images of any size in, final results out) or that of tensorpack's own export"
+    parser.add_argument("--format", choices=("complete", "tensorpack"), default="complete", help=format_help)
+    check_help = "image in which an export must find the same as this program (default: a generated one)"
+    parser.add_argument("--check-image", type=Path, metavar="IMAGE", help=check_help)
     parser.add_argument("--no-show", action="store_true", help="open no window, even where there is a display")
     parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the model's")
-    return parser.parse_args(arguments)
+    arguments = parser.parse_args(arguments)
+    tasks = bool(arguments.predict or arguments.video or arguments.visualize or arguments.evaluate)
+    exports = bool(arguments.output_serving or arguments.output_pb)
+    if tasks == exports:
+        parser.error("say what to do: --predict, --video, --visualize, --evaluate, or --output-serving and --output-pb")
+    return arguments
 
 
 def _score(text):
@@ -57,6 +76,10 @@ def main(arguments):
     checkpoint.load_config(checkpoint_path, config, overrides=arguments.config)
     if arguments.evaluate:
         return evaluate(arguments.evaluate, checkpoint_path)
+    if arguments.visualize:
+        return visualize(arguments, checkpoint_path)
+    if arguments.output_serving or arguments.output_pb:
+        return export_model(arguments, checkpoint_path)
     return predict(arguments, checkpoint_path)
 
 
@@ -151,6 +174,88 @@ def say(line):
     """A line on standard output, above the progress bar if there is one."""
     tqdm.write(str(line))
     sys.stdout.flush()
+
+
+def visualize(arguments, checkpoint_path):
+    """Draws what the stages of the model make of images, and describes, saves and draws tensors."""
+    threshold = arguments.confidence_threshold
+    if threshold is None:
+        threshold = config.TEST.RESULT_SCORE_THRESH_VIS
+    names = class_names()
+    inputs = find_visualized(arguments.visualize)
+    freeze_config(names)
+    from inspection import Inspector, draw_stages
+
+    inspector = Inspector(checkpoint_path)
+    tensors = inspector.names(arguments.tensors)
+    for path, record in inputs:
+        image = data.load_image(path)
+        stages = inspector.stages(image)
+        picture = draw_stages(image, stages, names, score_threshold=threshold, record=record)
+        say(viz.save_picture(picture, arguments.output / f"{path.stem}-stages.png"))
+        if tensors:
+            save_tensors(image, inspector.fetch(image, tensors), arguments.output / f"{path.stem}-tensors.npz")
+    return 0
+
+
+def find_visualized(texts):
+    """[(Path, dataset.Record or None)] of image files and of ids of images in DATA.VAL."""
+    try:
+        records = [record for dataset in load_datasets() for record in dataset.records(training=False)]
+    except UserError as error:
+        report(f"without ground truth: {error}")
+        records = []
+    by_id = {str(record.image_id): record for record in records}
+    by_path = {os.path.realpath(record.path): record for record in records}
+    found = []
+    for text in texts:
+        record = by_path.get(os.path.realpath(text)) or by_id.get(text)
+        if not (record or os.path.isfile(text)):
+            raise UserError(f"{text}: no such file, and no id of an image in DATA.VAL")
+        found.append((Path(record.path if record else text), record))
+    return found
+
+
+def save_tensors(image, values, path):
+    """Writes tensors to a new .npz file, and pictures of the feature maps among them beside it; describes all."""
+    from inspection import describe, draw_map, is_map
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **values)
+    path = viz.save_new(path, {".npz": content.getvalue()})
+    for name, value in values.items():
+        say(f"  {describe(name, value)}")
+        if is_map(value):
+            viz.save_picture(draw_map(image, value), path.with_name(f"{path.stem}-{name.replace('/', '.')}.png"))
+    say(path)
+
+
+def export_model(arguments, checkpoint_path):
+    """Writes the SavedModel and the frozen graph, and says how far their results differ from the program's."""
+    for path in filter(None, (arguments.output_serving, arguments.output_pb)):
+        if path.exists():
+            raise UserError(f"{path} exists already: name another place, or move it away")
+    if arguments.confidence_threshold is not None:
+        config.TEST.RESULT_SCORE_THRESH = arguments.confidence_threshold
+    freeze_config(class_names())
+    if arguments.check_image:
+        image = data.load_image(arguments.check_image)
+    else:
+        image, _ = shapes.draw_image(np.random.default_rng(0), size=config.PREPROC.TEST_SHORT_EDGE_SIZE)
+    import export
+    from eval import Predictor
+
+    lines = export.export(
+        Predictor.configured(checkpoint_path),
+        checkpoint_path,
+        image,
+        format_name=arguments.format,
+        saved_model=arguments.output_serving,
+        frozen_graph=arguments.output_pb,
+    )
+    for line in lines:
+        say(line)
+    return 0
 
 
 def report(problem):

@@ -9,6 +9,7 @@ config.py explains every setting. The run's logs, checkpoints and configuration 
 # once, and the workers that load images, which run the top of this file too, stay light.
 
 import argparse
+import functools
 import importlib.util
 import json
 import logging.handlers
@@ -354,9 +355,11 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
     from tensorpack.callbacks import EstimatedTimeLeft
 
     import callbacks
+    import inspection
     from eval import EvalCallback
     from modeling.rcnn import Inference, TowerInference
 
+    pictures = functools.partial(inspection.compare_with_truth, count=config.TRAIN.EVAL_PICTURES)
     return [
         callbacks.LearningRateSetter(schedule),
         callbacks.FirstEpochFrom(steps_done),
@@ -372,6 +375,7 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
             num_parallel=towers,
             before_batch=guard.check,
             offer=saver.offer,
+            draw=pictures if config.TRAIN.EVAL_PICTURES else None,
         ),
         EstimatedTimeLeft(),
     ]

@@ -70,6 +70,15 @@ def draw_ground_truth(image_bgr, record, class_names):
     return draw_items(image_bgr, items)
 
 
+def draw_boxes(image_bgr, boxes_and_colours):
+    """Returns a picture of boxes alone: pairs of a box, float [4], and its colour BGR, the last ones on top."""
+    picture, factor = _enlarged(image_bgr)
+    line = max(1, _line_width(*picture.shape[:2]) // 2)
+    for box_xyxy, colour in boxes_and_colours:
+        _draw_box(picture, np.asarray(box_xyxy, np.float64) * factor, colour, line=line)
+    return picture
+
+
 def side_by_side(left, right, titles):
     """Returns both pictures beside each other under their two titles; the lower one is scaled to the other's height."""
     height = max(left.shape[0], right.shape[0])

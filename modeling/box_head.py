@@ -180,13 +180,25 @@ class Detections(NamedTuple):
     masks: tf.Tensor = None  # float32 [R, M, M], probabilities within the box
 
 
-def detect(probabilities, boxes, is_valid, image_shape, *, score_threshold, nms_threshold, max_per_image):
+def detect(
+    probabilities,
+    boxes,
+    is_valid,
+    image_shape,
+    *,
+    score_threshold,
+    nms_threshold,
+    max_per_image,
+    soft_nms="None",
+    soft_nms_sigma=0.5,
+):
     """Suppress within each class, and keep the best of each image over all classes.
 
     Args:
         probabilities: float32 [N, P, C + 1]. boxes: float32 [N, P, C or 1, 4], decoded.
         is_valid: bool [N, P]. image_shape: int32 [N, 2].
-        score_threshold: a detection's score is strictly above it
+        score_threshold: a detection's score is strictly above it, also after soft-NMS
+        soft_nms: "None", or a kind of `box_ops.batched_soft_nms`
     Returns:
         Detections without masks
     """
@@ -194,12 +206,14 @@ def detect(probabilities, boxes, is_valid, image_shape, *, score_threshold, nms_
     boxes = tf.reshape(box_ops.clip(tf.reshape(boxes, [n, slots * kinds, 4]), image_shape), [n, slots, kinds, 4])
     scores = probabilities[:, :, 1:]
     keep = is_valid[:, :, None] & (scores > score_threshold) & box_ops.is_nonempty(boxes)
-    boxes, scores, class_index, is_kept = box_ops.batched_nms(
-        boxes,
-        tf.where(keep, scores, box_ops.NO_SCORE),
-        iou_threshold=nms_threshold,
-        max_output=max_per_image,
-    )
+    scores = tf.where(keep, scores, box_ops.NO_SCORE)
+    options = dict(iou_threshold=nms_threshold, max_output=max_per_image)
+    if soft_nms == "None":
+        kept = box_ops.batched_nms(boxes, scores, **options)
+    else:
+        soft_options = dict(kind=soft_nms, sigma=soft_nms_sigma, score_threshold=score_threshold)
+        kept = box_ops.batched_soft_nms(boxes, scores, **options, **soft_options)
+    boxes, scores, class_index, is_kept = kept
     kept = tf.where(is_kept)
     labels = tf.cast(tf.gather_nd(class_index, kept), tf.int64) + 1
     return Detections(tf.gather_nd(boxes, kept), tf.gather_nd(scores, kept), labels, tf.cast(kept[:, 0], tf.int32))

@@ -190,6 +190,49 @@ def batched_nms(boxes, scores, *, iou_threshold, max_output):
     return kept.nmsed_boxes, kept.nmsed_scores, tf.cast(kept.nmsed_classes, tf.int32), is_valid
 
 
+def batched_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_threshold, max_output):
+    """Soft-NMS (arXiv:1704.04503) in many independent problems at once: what overlaps a better box of its class keeps a
+    part of its score instead of going.
+
+    The best candidate of all classes is picked again and again: as scores only fall, that is the order in which the
+    classes by themselves, merged by their final scores, would be picked.
+
+    Args:
+        boxes, scores: as in `batched_nms`
+        kind: "linear": factor 1 - IoU from `iou_threshold` on; "gaussian": factor exp(-IoU^2 / sigma)
+        score_threshold: picks need a score above it after all, 0 or more
+    Returns:
+        as `batched_nms`
+    """
+    b, candidates, classes = tf.unstack(tf.shape(scores))
+    boxes = tf.broadcast_to(boxes, [b, candidates, classes, 4])
+    problem, known_shape = tf.range(b), scores.shape
+
+    def pick(i, scores, picks):
+        best = tf.argmax(tf.reshape(scores, [b, candidates * classes]), axis=1, output_type=tf.int32)
+        place = tf.stack([problem, best // classes, best % classes], axis=1)
+        box, score, class_index = tf.gather_nd(boxes, place), tf.gather_nd(scores, place), best % classes
+        rivals = tf.gather(boxes, class_index, axis=2, batch_dims=1)  # [B, A, 4]
+        iou = pairwise_iou(rivals, box[:, None])
+        factor = (
+            tf.exp(-tf.square(iou) / sigma) if kind == "gaussian" else tf.where(iou > iou_threshold, 1.0 - iou, 1.0)
+        )
+        is_rival = tf.one_hot(class_index, classes, True, False)[:, None]
+        scores = tf.where(is_rival & (scores > 0.0), scores * factor, scores)
+        scores = tf.tensor_scatter_nd_update(scores, place, tf.fill([b], NO_SCORE))
+        return (
+            i + 1,
+            tf.ensure_shape(scores, known_shape),
+            [array.write(i, x) for array, x in zip(picks, (box, score, class_index))],
+        )
+
+    picks = [tf.TensorArray(dtype, max_output) for dtype in (tf.float32, tf.float32, tf.int32)]
+    _, _, picks = tf.while_loop(lambda i, *_: i < max_output, pick, (0, scores, picks))
+    boxes, scores, class_index = (tf.transpose(x, [1, 0, *range(2, x.shape.rank)]) for x in (p.stack() for p in picks))
+    is_valid = scores > score_threshold
+    return tf.where(is_valid[..., None], boxes, 0.0), tf.where(is_valid, scores, 0.0), class_index, is_valid
+
+
 def extend_border(features):
     """A map [N, H, W, C] extended by one pixel on each side, as float32: what `roi_align` samples from."""
     return tf.pad(tf.cast(features, tf.float32), [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")

@@ -28,6 +28,9 @@ from .backbone import BACKBONES, BLOCKS, frozen, resnet_stage
 from .fpn import fpn
 from .layers import shape_list
 
+# Names of what the stages of inference make: proposals [N, P, 4] and their logits [N, P], best first; the probabilities
+# [N, P, C + 1] of each proposal, and its refined boxes [N, P, C or 1, 4]. Boxes are in pixels of the network's input.
+STAGE_TENSORS = ("proposals/boxes", "proposals/logits", "predictions/probabilities", "predictions/boxes")
 C4_RESOLUTION = 14
 BOX_RESOLUTION, MASK_RESOLUTION = 7, 14
 FIRST_SCALE, SCALE_PATIENCE = 2.0**15, 2000  # of float16's loss
@@ -231,6 +234,7 @@ def build_inference(image, image_shape):
     features, strides = _features(image, image_shape, training=False)
     logits, deltas, anchors = _rpn(features, strides, image_shape)
     proposals = _propose(logits, deltas, anchors, image_shape, training=False)
+    _name_stages(proposals.boxes, proposals.logits)
     roi_features = _RoIFeatures(features, strides, training=False)
     detections = _detect(roi_features, proposals, image_shape)
     if not config.MODE_MASK:
@@ -238,6 +242,12 @@ def build_inference(image, image_shape):
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
     logits = mask_head.of_label(_mask_logits(roi_features.for_masks(boxes, image_index)), tf.maximum(labels, 1))
     return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
+
+
+def _name_stages(*tensors, first=0):
+    """Gives tensors the names of STAGE_TENSORS from `first` on."""
+    for tensor, name in zip(tensors, STAGE_TENSORS[first:]):
+        tf.identity(tensor, name)
 
 
 # ---------------------------------------------------------------------------------------------------- conventions
@@ -540,14 +550,18 @@ def _detect(roi_features, proposals, image_shape):
         boxes = box_ops.decode(
             deltas, proposals.boxes[:, :, None], weights=config.FRCNN.BBOX_REG_WEIGHTS, max_log_size=_max_log_size()
         )
+    probabilities = tf.reshape(probabilities, [n, slots, config.DATA.NUM_CATEGORY + 1])
+    _name_stages(probabilities, boxes, first=2)
     return box_head.detect(
-        tf.reshape(probabilities, [n, slots, config.DATA.NUM_CATEGORY + 1]),
+        probabilities,
         boxes,
         proposals.is_valid,
         image_shape,
         score_threshold=config.TEST.RESULT_SCORE_THRESH,
         nms_threshold=config.TEST.FRCNN_NMS_THRESH,
         max_per_image=config.TEST.RESULTS_PER_IM,
+        soft_nms=config.TEST.SOFT_NMS,
+        soft_nms_sigma=config.TEST.SOFT_NMS_SIGMA,
     )
 
 
@@ -613,15 +627,18 @@ class Inference:
     """The inference graph within the default graph: placeholders in, detections out.
 
     Variables are shared with what the graph has already (a training tower), or made.
+
+    Attributes:
+        inputs: the placeholders of `input_signature`.
     """
 
     def __init__(self):
-        self._inputs = [
+        self.inputs = [
             tfv1.placeholder(spec.dtype, spec.shape, f"inference/{spec.name}")
             for spec in input_signature(training=False)
         ]
         with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE), tf.name_scope("inference"):
-            self._detections = build_inference(*self._inputs)
+            self._detections = build_inference(*self.inputs)
 
     def bind(self, session):
         """The function (image uint8 [N, H, W, 3], image_shape int32 [N, 2]) -> Detections of NumPy arrays."""
@@ -642,7 +659,7 @@ class Inference:
 
     def _callable(self, session, find):
         made = {name: find(tensor) for name, tensor in self._detections._asdict().items() if tensor is not None}
-        run = session.make_callable(list(made.values()), [find(tensor) for tensor in self._inputs])
+        run = session.make_callable(list(made.values()), [find(tensor) for tensor in self.inputs])
 
         def predict(image, image_shape):
             return self._detections._replace(**dict(zip(made, run(image, image_shape))))

@@ -4,7 +4,8 @@
 
 The Makefile calls it with the interpreter that setup/prerequisites chose. The packages and their versions are those of
 requirements/: always common.txt with cpu.txt or gpu.txt (whether the machine has an NVIDIA GPU decides), on request
-dev.txt (tests and linting) and Horovod, which setup/horovod_wheel.py builds. Only the standard library is used.
+dev.txt and web.txt (tests and linting) and Horovod, which setup/horovod_wheel.py builds. Only the standard library is
+used.
 
 What was installed is written to `.venv/.setup/`, as one digest for each group of packages. A file `unfinished` stands
 there while packages are being installed: who finds it knows that the last set-up was cut short, and starts anew,
@@ -183,7 +184,7 @@ def main(groups):
             environment.create()
         install(environment, "base", "common.txt", kind_file, note=SIZES[environment.kind])
         if "dev" in groups:
-            install(environment, "dev", "dev.txt", note="pytest and ruff: a few seconds")
+            install(environment, "dev", "dev.txt", "web.txt", note="pytest, ruff and FastAPI: a few seconds")
         if wheel_wanted:
             horovod_wheel.install(environment, REQUIREMENTS, wheel_folder, wheel_digest)
 

@@ -34,7 +34,7 @@ def main():
     """Prints the constraints of both kinds of machine."""
     versions = {}
     for kind in ("cpu.txt", "gpu.txt"):
-        resolved = resolve("dev.txt", "build.txt", kind)
+        resolved = resolve("dev.txt", "web.txt", "build.txt", kind)
         clashes = [name for name in resolved if versions.get(name, resolved[name]) != resolved[name]]
         if clashes:
             sys.exit(f"resolved differently with and without a GPU: {', '.join(clashes)}")

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 from helpers import decode, encode, evaluate, greedy_nms, random_boxes
 
+import boxes as np_boxes
 from modeling import box_ops
 
 NONE = np.zeros((2, 0, 4), np.float32)
@@ -264,6 +265,49 @@ def test_nms_suppresses_strictly_above_the_threshold():
     boxes, scores = [[[[0, 0, 10, 10]], [[0, 0, 10, 5]]]], [[[0.9], [0.8]]]
     assert nms(boxes, scores, iou_threshold=0.5, max_output=2)[-1].tolist() == [[True, True]]
     assert nms(boxes, scores, iou_threshold=0.4999, max_output=2)[-1].tolist() == [[True, False]]
+
+
+def slow_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_threshold, max_output):
+    """Soft-NMS of one class after the other, as the paper writes it, then the best: list of (score, class, box)."""
+    found = []
+    for c in range(scores.shape[1]):
+        class_boxes, left = boxes[:, min(c, boxes.shape[1] - 1)], dict(enumerate(scores[:, c].astype(np.float64)))
+        while left:
+            best = max(left, key=left.get)
+            found.append((left.pop(best), c, class_boxes[best]))
+            for i in left:
+                iou = np_boxes.pairwise_iou(class_boxes[i], class_boxes[best])[0, 0]
+                if kind == "gaussian":
+                    left[i] *= np.exp(-(iou**2) / sigma)
+                elif iou > iou_threshold:
+                    left[i] *= 1 - iou
+    return sorted((each for each in found if each[0] > score_threshold), key=lambda each: -each[0])[:max_output]
+
+
+@pytest.mark.parametrize("kind", ["linear", "gaussian"])
+@pytest.mark.parametrize("boxes_per_candidate", [1, 3])
+def test_soft_nms_equals_a_slow_one(kind, boxes_per_candidate):
+    rng = np.random.default_rng(8)
+    boxes = random_boxes(rng, 2, 30, boxes_per_candidate, high=30)
+    scores = rng.random((2, 30, 3)).astype(np.float32)
+    scores[rng.random(scores.shape) < [[[0.2]], [[0.9]]]] = box_ops.NO_SCORE
+    options = dict(kind=kind, iou_threshold=0.3, sigma=0.5, score_threshold=0.2, max_output=25)
+    found = evaluate(lambda *arrays: box_ops.batched_soft_nms(*arrays, **options), boxes, scores)
+    for n, (kept_boxes, kept_scores, kept_classes, is_valid) in enumerate(zip(*found)):
+        expected = slow_soft_nms(boxes[n], scores[n], **options)
+        assert is_valid.tolist() == [i < len(expected) for i in range(25)]
+        assert kept_classes[is_valid].tolist() == [c for _, c, _ in expected]
+        np.testing.assert_allclose(kept_scores[is_valid], [score for score, _, _ in expected], rtol=1e-5)
+        np.testing.assert_array_equal(kept_boxes[is_valid], [box for _, _, box in expected])
+        assert not kept_scores[~is_valid].any()
+
+
+def test_soft_nms_keeps_what_nms_suppresses_with_less_score():
+    boxes, scores = [[[[0.0, 0, 10, 10]], [[0, 0, 10, 8]], [[50, 50, 60, 60]]]], [[[0.9], [0.8], [0.7]]]
+    options = dict(iou_threshold=0.5, sigma=0.5, score_threshold=0.05, max_output=5)
+    for kind, score in (("linear", 0.8 * 0.2), ("gaussian", 0.8 * np.exp(-(0.8**2) / 0.5))):
+        found = evaluate(lambda *arrays, k=kind: box_ops.batched_soft_nms(*arrays, kind=k, **options), boxes, scores)
+        np.testing.assert_allclose(found[1][0], [0.9, 0.7, score, 0, 0], rtol=1e-5)
 
 
 def test_nms_of_nothing():

@@ -117,8 +117,13 @@ def test_defaults_are_the_references():
         "TRAIN.BATCH_SIZE_PER_GPU": 1,
         "TRAIN.PRECISION": "float32",
         "TRAIN.SEED": 0,
+        "TRAIN.EVAL_PICTURES": 0,
         "TRAIN.STALL_TIMEOUT": 600.0,
         "TEST.BATCH_SIZE_PER_GPU": 1,
+        "TEST.SOFT_NMS": "None",
+        "TEST.SOFT_NMS_SIGMA": 0.5,
+        "TEST.TTA_FLIP": False,
+        "TEST.TTA_SCALES": (1.0,),
         "TEST.PRECISION": "float32",
     }
 

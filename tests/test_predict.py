@@ -444,6 +444,35 @@ def test_whole_evaluation(random_model, tmp_path):
     assert "box AP on coco_val2017 (1 images)" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_whole_visualisation(random_model, tmp_path):
+    """Image 1 of the data set by its id, and a file that is not in it."""
+    other = write_image(tmp_path / "other.png", 480, 640)
+    command = ["--visualize", "1", other, "--tensors", "proposals/*", "group0/block0/Relu", "--load", random_model]
+    done = subprocess.run(
+        [sys.executable, "predict.py", *map(str, command), "--output", tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["stages.png", "tensors-group0.block0.Relu.png", "tensors.npz"]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == [f"{stem}-{name}" for stem in ("1", "other") for name in names]
+    height, width = cv2.imread(str(tmp_path / "out" / "other-stages.png")).shape[:2]
+    assert 2 * 480 < height < 1.2 * 2 * 480 and 2 * 640 < width < 1.2 * 2 * 640
+    tensors = np.load(tmp_path / "out" / "other-tensors.npz")
+    assert tensors["proposals/boxes"].shape[::2] == (1, 4)
+    assert "  proposals/boxes: float32 [1, " in done.stdout
+
+
+def test_nothing_to_visualize(checkpoint):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=1", "DATA.CLASS_NAMES=('BG','disc')", "DATA.BASEDIR=/none")
+    code, errors, _ = run_without_tensorflow("--visualize", "139", "--load", checkpoint)
+    assert code == 2
+    assert "without ground truth: " in errors[0] and errors[1].startswith("predict.py: 139: no such file, and no id")
+
+
 def test_starts_as_a_command_of_its_own_environment(tmp_path):
     """The shell reads the first two lines: they find setup/python beside the script, whatever the folder's name."""
     folder = tmp_path / "a folder"

@@ -575,7 +575,7 @@ def test_constraints_cover_what_is_installed():
         pytest.skip("not in the project's own environment")
     requirements = importlib.import_module("pip._vendor.packaging.requirements")
     constraints, todo, seen = pins(REQUIREMENTS / "constraints.txt"), [], {}
-    for name in ("common.txt", "cpu.txt", "gpu.txt", "dev.txt"):
+    for name in ("common.txt", "cpu.txt", "gpu.txt", "dev.txt", "web.txt"):
         todo += pins(REQUIREMENTS / name)
     while todo:
         name = todo.pop()

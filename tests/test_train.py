@@ -39,6 +39,7 @@ SETTINGS = [
     "TRAIN.LR_SCHEDULE=[3]",
     "TRAIN.STEPS_PER_EPOCH=6",
     "TEST.BATCH_SIZE_PER_GPU=2",
+    "TRAIN.EVAL_PICTURES=2",
     "DATA.TRAIN=shapes_train",
     "DATA.VAL=shapes_val",
     "TEST.RESULT_SCORE_THRESH=0.01",
@@ -95,7 +96,8 @@ class TestTraining:
 
     def test_leaves_events_statistics_checkpoint_and_configuration(self, trained):
         logdir = trained[0]
-        assert list(logdir.glob("events.out.tfevents.*"))
+        (events,) = logdir.glob("events.out.tfevents.*")
+        assert re.findall(rb"shapes_val/\d+", events.read_bytes()) == [b"shapes_val/1", b"shapes_val/2"]  # pictures
         statistics = json.loads((logdir / "stats.json").read_text())
         assert [row["global_step"] for row in statistics] == [6, 12]
         assert np.isfinite([row["total_cost"] for row in statistics]).all()

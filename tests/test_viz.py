@@ -206,6 +206,13 @@ def test_ground_truth_has_names_masks_and_crowds(monkeypatch):
     assert [item.text for item in viz.draw_ground_truth(image, record(), NAMES)] == ["disc", "box (crowd)"]
 
 
+def test_boxes_alone():
+    boxes_and_colours = [([100, 100, 300, 300], PAINT), ([100, 100, 300, 200], (0, 0, 255))]
+    picture = viz.draw_boxes(grey_image(500, 600), boxes_and_colours)
+    assert tuple(picture[250, 100]) == PAINT and tuple(picture[100, 200]) == (0, 0, 255)
+    assert (picture[320:] == 100).all() and (picture[210:290, 110:290] == 100).all()
+
+
 def test_side_by_side():
     left, right = np.full((100, 200, 3), 50, np.uint8), np.full((50, 80, 3), 150, np.uint8)
     picture = viz.side_by_side(left, right, ("found", "truth"))

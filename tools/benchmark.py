@@ -177,13 +177,16 @@ def save_random_weights(path, images, candidates):
 def prepare_data(case):
     """Making training batches in this process alone: decode, flip, resize, rasterise, pad."""
     import data
-    from dataset import get_dataset
+    from dataset import get_datasets
 
     config.DATA.NUM_WORKERS = 0
     config.freeze()
     names = [config.DATA.TRAIN] if isinstance(config.DATA.TRAIN, str) else config.DATA.TRAIN
-    datasets = [get_dataset(name, config.DATA.BASEDIR) for name in names]
-    records = [record for one in datasets for record in one.records(training=True, masks=config.MODE_MASK)]
+    records = [
+        record
+        for one in get_datasets(names, config.DATA.BASEDIR)
+        for record in one.records(training=True, masks=config.MODE_MASK)
+    ]
     batches = iter(data.training_data(records))
     return (lambda: next(batches)), {"num_images": len(records)}
 

@@ -1,0 +1,173 @@
+"""Looking inside: what each stage of the model makes of an image, beside the truth, and any tensor by its name.
+
+Shape shorthand: P proposals; C classes; H, W height and width of an image.
+"""
+
+import difflib
+import fnmatch
+import itertools
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from tensorpack.compat import tfv1 as tf
+
+import boxes as np_boxes
+import checkpoint
+import data
+import viz
+from config import UserError, config
+from eval import predict_images
+from modeling import rcnn
+
+SCOPE = "inference/"  # of the tensors that can be asked for
+SHOWN_PROPOSALS = 50
+
+
+class Stages(NamedTuple):
+    """What the stages make of one image, in pixels of the image, best first.
+
+    proposals: float32 [P, 4]. boxes_xyxy, labels, scores: [P, 4], [P], [P], the refined box of the best class of each
+    proposal, before suppression. detections: eval.ImageDetections.
+    """
+
+    proposals: np.ndarray
+    boxes_xyxy: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    detections: tuple
+
+
+class Inspector:
+    """The configured model with a checkpoint's weights, every tensor of its graph at hand."""
+
+    def __init__(self, checkpoint_path):
+        """
+        Args:
+            checkpoint_path: as `checkpoint.resolve` returns it.
+        """
+        self._graph = tf.Graph()
+        with self._graph.as_default():
+            self._inference = rcnn.Inference()
+            self._session = tf.Session(config=rcnn.session_config())
+            checkpoint.load(checkpoint_path, self._session, check=checkpoint.check_complete)
+            self._predict = self._inference.bind(self._session)
+        self._graph.finalize()
+        self._geometry = data.inference_geometry()
+
+    def names(self, patterns):
+        """The tensors that are meant: names without SCOPE and ":0", in the graph's order.
+
+        Args:
+            patterns: names, in which * stands for any text.
+
+        Raises:
+            UserError: one that means nothing.
+        """
+        operations = (op for op in self._graph.get_operations() if op.name.startswith(SCOPE) and op.outputs)
+        known = [op.name.removeprefix(SCOPE) for op in operations]
+        for pattern in patterns:
+            if not fnmatch.filter(known, pattern):
+                near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
+                raise UserError(f"no tensor is called {pattern}: near are {', '.join(near) or 'none'}; * is any text")
+        return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def fetch(self, image, names):
+        """The values of tensors for one image: {name: array}.
+
+        Args:
+            image: uint8 [H, W, 3] BGR. names: of `names`.
+        """
+        inputs = dict(zip(self._inference.inputs, self._geometry.batch([image])))
+        tensors = {name: self._graph.get_tensor_by_name(f"{SCOPE}{name}:0") for name in names}
+        return self._session.run(tensors, inputs)
+
+    def stages(self, image):
+        """Stages of one image, uint8 [H, W, 3] BGR."""
+        found = self.fetch(image, rcnn.STAGE_TENSORS)
+        proposals, logits, probabilities, refined = (found[name][0] for name in rcnn.STAGE_TENSORS)
+        labels = probabilities[:, 1:].argmax(axis=1)
+        scores = np.take_along_axis(probabilities[:, 1:], labels[:, None], axis=1)[:, 0]
+        refined = refined[np.arange(len(labels)), np.minimum(labels, refined.shape[1] - 1)]
+        height, width = image.shape[:2]
+        _, [[new_height, new_width]] = self._geometry.batch([image])
+        to_image = (width / new_width, height / new_height)
+        is_real, best = (proposals[:, 2:] > proposals[:, :2]).all(axis=1), np.argsort(-scores, kind="stable")
+        best = best[is_real[best]]
+        (detections,) = predict_images(self._predict, [image], geometry=self._geometry)
+        return Stages(
+            np_boxes.scale(proposals[is_real], *to_image),
+            np_boxes.clip(np_boxes.scale(refined[best], *to_image), height, width),
+            labels[best] + 1,
+            scores[best],
+            detections,
+        )
+
+
+def draw_stages(image, stages, class_names, *, score_threshold, record=None):
+    """Four pictures in one, uint8 BGR: proposals, raw predictions, detections and, if `record` is given, the truth.
+
+    Args:
+        record: the dataset.Record of the image, or None.
+    """
+    proposals = stages.proposals[:SHOWN_PROPOSALS]
+    strength = np.linspace(255, 0, len(proposals), dtype=np.uint8)
+    colours = cv2.applyColorMap(strength[:, None], cv2.COLORMAP_VIRIDIS)[:, 0].tolist()
+    is_raw = stages.scores >= score_threshold
+    raw = zip(stages.boxes_xyxy[is_raw], map(viz.class_colour, stages.labels[is_raw]))
+    detections = viz.draw_detections(image, stages.detections, class_names, score_threshold=score_threshold)
+    truth = viz.draw_items(image, []) if record is None else viz.draw_ground_truth(image, record, class_names)
+    upper = viz.side_by_side(
+        viz.draw_boxes(image, zip(reversed(proposals), reversed(colours))),
+        viz.draw_boxes(image, raw),
+        (f"the {len(proposals)} best proposals (yellow: best)", f"{is_raw.sum()} raw predictions, before suppression"),
+    )
+    truth_title = "ground truth" if record else "ground truth: not known"
+    return np.vstack([upper, viz.side_by_side(detections, truth, ("detections", truth_title))])
+
+
+def describe(name, value):
+    """One line of a tensor: name, type, shape, and the range of its finite values."""
+    text = f"{name}: {value.dtype} {list(value.shape)}"
+    if value.dtype.kind not in "fiu" or not value.size:
+        return text
+    value = value.astype(np.float64)
+    finite = value[np.isfinite(value)]
+    if finite.size:
+        text += f", {finite.min():.4g} to {finite.max():.4g}, mean {finite.mean():.4g}"
+    return text + (f", {value.size - finite.size} NOT FINITE" if finite.size < value.size else "")
+
+
+def is_map(value):
+    """Whether an array is a feature map of one image: float [1, h, w, C], h and w more than 1."""
+    return value.ndim == 4 and value.shape[0] == 1 and min(value.shape[1:3]) > 1 and value.dtype.kind == "f"
+
+
+def draw_map(image, value):
+    """A feature map on its image, uint8 BGR: the mean magnitude over channels, dark blue to red.
+
+    Args:
+        image: uint8 [H, W, 3] BGR. value: float [1, h, w, C], what is padding included.
+    """
+    strength = np.nan_to_num(np.abs(value[0].astype(np.float32)).mean(axis=2))
+    strength = cv2.normalize(strength, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    heat = cv2.applyColorMap(
+        cv2.resize(strength, image.shape[1::-1], interpolation=cv2.INTER_NEAREST), cv2.COLORMAP_JET
+    )
+    return cv2.addWeighted(image, 0.4, heat, 0.6, 0)
+
+
+def compare_with_truth(predict, dataset, count):
+    """Yields (name, picture uint8 [H, W, 3] RGB) of the first `count` images: detections beside the ground truth.
+
+    Args:
+        predict: see eval.py. dataset: a Dataset.
+    """
+    for record in itertools.islice(dataset.records(training=False), count):
+        image = data.load_image(record.path)
+        (found,) = predict_images(predict, [image])
+        threshold = config.TEST.RESULT_SCORE_THRESH_VIS
+        left = viz.draw_detections(image, found, dataset.class_names, score_threshold=threshold)
+        right = viz.draw_ground_truth(image, record, dataset.class_names)
+        picture = viz.side_by_side(left, right, ("detections", "ground truth"))
+        yield f"{dataset.name}/{record.image_id}", picture[:, :, ::-1]

@@ -1,0 +1,64 @@
+"""eval.Predictor as other programs use it: several models, many threads, mistakes."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from tiny_models import make_model
+
+from config import UserError, config
+from dataset import shapes
+from eval import Predictor
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("run"), "fpn")
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other))
+
+
+def test_threads_share_a_predictor(run):
+    predictor = Predictor(run)
+    images = [shapes.draw_image(np.random.default_rng(seed), 150 + 10 * seed)[0] for seed in range(4)]
+    alone = [predictor([image])[0] for image in images]
+    assert not same(alone[0], alone[1])
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda number: predictor([images[number % 4]])[0], range(40)))
+    assert all(same(found, alone[number % 4]) for number, found in enumerate(together))
+
+
+def test_models_of_different_settings_in_one_process(run, tmp_path):
+    before = config.to_dict()
+    one, few = Predictor(run), Predictor(run, settings=["TEST.RESULTS_PER_IM=3", "PREPROC.TEST_SHORT_EDGE_SIZE=64"])
+    boxes_only = Predictor(make_model(tmp_path, "boxes"))
+    assert config.to_dict() == before
+    image = shapes.draw_image(np.random.default_rng(5), 200)[0]
+    assert [len(each([image])[0].labels) for each in (one, few, boxes_only)] == [12, 3, 12]
+    assert (one.geometry.short_edge, few.geometry.short_edge) == (90, 64)
+    assert one([image])[0].masks.shape == (12, 200, 200) and boxes_only([image])[0].masks is None
+    assert one.class_names == ("disc", "box", "häuschen")
+    assert one([]) == []
+
+
+def test_mistakes(run, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint"):
+        Predictor(tmp_path / "none")
+    with pytest.raises(UserError, match="unknown key TEST.RESULT_PER_IM"):
+        Predictor(run, settings=["TEST.RESULT_PER_IM=3"])
+    with pytest.raises(UserError, match="CLASS_NAMES is not set"):
+        Predictor(run, settings=["DATA.CLASS_NAMES=[]"])
+    for image in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32), np.zeros((0, 5, 3), np.uint8)):
+        with pytest.raises(ValueError, match="images must be uint8"):
+            Predictor(run)([image])
+
+
+def test_settings_return_after_an_error():
+    before = config.to_dict()
+    with pytest.raises(RuntimeError), config.temporary():
+        config.MODE_FPN = not before["MODE_FPN"]
+        config.freeze()
+        raise RuntimeError
+    assert config.to_dict() == before

@@ -1,0 +1,41 @@
+"""Small models of random weights that find something in any image, as runs that the programs can load."""
+
+import numpy as np
+from tensorpack.compat import tfv1 as tf
+
+import checkpoint
+from config import config
+from modeling import rcnn
+
+SETTINGS = (
+    *("BACKBONE.WIDTH=4", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=8", "RPN.HEAD_DIM=16"),
+    *("FPN.FRCNN_FC_HEAD_DIM=8", "MRCNN.HEAD_DIM=8", "PREPROC.TEST_SHORT_EDGE_SIZE=90", "PREPROC.MAX_SIZE=150"),
+    *("RPN.ANCHOR_SIZES=[16,32,64,96,128]", "RPN.TEST_PER_LEVEL_NMS_TOPK=100", "RPN.TEST_POST_NMS_TOPK=100"),
+    *("DATA.NUM_CATEGORY=3", "DATA.CLASS_NAMES=['BG','disc','box','häuschen']"),
+    *("TEST.RESULT_SCORE_THRESH=0.05", "TEST.RESULTS_PER_IM=12"),
+)
+MODELS = {
+    "c4": ("MODE_FPN=False",),
+    "fpn": ("MODE_FPN=True",),
+    "cascade": ("MODE_FPN=True", "FPN.CASCADE=True"),
+    "boxes": ("MODE_FPN=True", "MODE_MASK=False"),
+}
+
+
+def make_model(folder, name):
+    """Makes the run of one of MODELS in a folder, and returns the folder."""
+    with config.temporary(), tf.Graph().as_default(), tf.Session() as session:
+        config.update([*SETTINGS, *MODELS[name]])
+        config.save(folder / "config.json")
+        rcnn.Inference()
+        session.run(tf.global_variables_initializer())
+        checkpoint.assign(session, _last_layers(np.random.default_rng(0)))
+        tf.train.Saver().save(session, str(folder / "model-1"))
+    return folder
+
+
+def _last_layers(rng):
+    """Weights large enough that scores, boxes and masks differ between objects."""
+    variables = checkpoint.model_variables().items()
+    last = [v for name, v in variables if name.endswith(("/class/W", "/box/W")) or name == "maskrcnn/conv/W"]
+    return {variable: rng.normal(0, 0.3, variable.shape.as_list()) for variable in last}
