@@ -1,4 +1,7 @@
+#!/usr/bin/env -S sh -c 'TF_CPP_MIN_LOG_LEVEL=2 exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
 """Inference on images and data sets, and results in COCO's format.
+
+    ./eval.py RESULTS.json ANNOTATIONS.json           COCO's metrics of results that are there already
 
 Shape shorthand: N images of a batch; R detections; H, W height and width of an image; M side of a predicted mask.
 
@@ -8,11 +11,13 @@ float32 [R, 4] (x1 y1 x2 y2 in pixels of the batch), `scores` [R], `labels` [R] 
 float32 [R, M, M] (probabilities inside the box) or None.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,6 +35,7 @@ import boxes
 import checkpoint
 import data
 import metrics
+import report
 from checkpoint import unused_path
 from config import UserError, config
 from metrics import EvaluationError, NonFiniteError
@@ -281,14 +287,22 @@ class ResultsFile:
 
 
 def evaluate_dataset(
-    predict, dataset, *, output=None, overwrite=False, ranks=ONE_PROCESS, num_parallel=1, before_batch=None
+    predict,
+    dataset,
+    *,
+    output=None,
+    overwrite=False,
+    ranks=ONE_PROCESS,
+    num_parallel=1,
+    before_batch=None,
+    **report_options,
 ):
     """Runs the network over a data set and returns its metrics, {name: value}, which also go to the log as tables.
 
     Boxes are evaluated, and masks if the model has them (MODE_MASK). `output` is the path of the results json, or None.
     Of several `ranks` each predicts its share of the batches; rank 0 gets all results, writes the file and returns the
     metrics, the others return None. `num_parallel` threads call `predict`; `before_batch` is called before each batch,
-    equally often on all ranks.
+    equally often on all ranks. `report_options` are those of `evaluate_results`.
 
     Raises:
         EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
@@ -315,16 +329,47 @@ def evaluate_dataset(
     if ranks.rank > 0:
         return None
     with stopwatch.measure("metrics"):
-        values = evaluate_results(results, dataset)
+        values = evaluate_results(results, dataset, **report_options)
     logger.info(f"{dataset.name}: {stopwatch.describe(len(records))}")
     return values
 
 
-def evaluate_results(results, dataset):
-    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log."""
+def evaluate_results(results, dataset, *, per_class=False, report_folder=None):
+    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log.
+
+    Args:
+        results: list of dicts in COCO's results format, joined in any order. per_class: tables of classes, too.
+        report_folder: a new folder for what `report.write` makes, or None.
+    """
     kinds = tuple(metrics.KINDS) if config.MODE_MASK else ("bbox",)
     evaluations = metrics.evaluate(dataset.annotation_file, results, image_ids=dataset.image_ids, kinds=kinds)
-    metrics.log_evaluations(evaluations, f"{dataset.name} ({len(dataset.image_ids)} images)")
+    title = f"{dataset.name} ({len(dataset.image_ids)} images)"
+    return _told(evaluations, title, per_class=per_class, report_folder=report_folder)
+
+
+def evaluate_file(path, annotation_file, *, per_class=False, report_folder=None):
+    """`evaluate_results` of a results json, by box or mask or both, whatever it has, on all images of the annotations.
+
+    Raises:
+        EvaluationError: see `metrics.load_results` and `metrics.evaluate`.
+    """
+    results = metrics.load_results(path)
+    shapes = {"bbox": "bbox", "segm": "segmentation"}
+    kinds = [kind for kind, key in shapes.items() if not results or any(key in result for result in results)]
+    if not kinds:
+        raise EvaluationError(f"{path}: the results have neither bbox nor segmentation")
+    evaluations = metrics.evaluate(annotation_file, results, kinds=kinds)
+    num_images, num_seen = evaluations[0].num_images, len({result["image_id"] for result in results})
+    if num_seen < num_images:
+        logger.warning(f"results in {num_seen} of {num_images} images: what is in the others counts as missed")
+    return _told(evaluations, f"{path} ({num_images} images)", per_class=per_class, report_folder=report_folder)
+
+
+def _told(evaluations, title, *, per_class, report_folder):
+    """Writes log and report of Evaluations; returns their metrics."""
+    report.log(evaluations, title, per_class=per_class)
+    if report_folder:
+        report.write(evaluations, report_folder)
     return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
@@ -468,3 +513,29 @@ class EvalCallback(Callback):
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why
                 self.trainer.monitors.put_scalar(f"{dataset.name}-{name}", value)
         return values
+
+
+# ---------------------------------------------------------------- results that are there already
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="COCO's metrics of results.")
+    parser.add_argument("results", metavar="RESULTS.json", help="in COCO's results format, with bbox or segmentation")
+    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="the ground truth: COCO's instances_*.json")
+    parser.add_argument("--per-class", action="store_true", help="a table of classes, too")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="new folder for pictures and numbers")
+    arguments = parser.parse_args(arguments)
+    if arguments.report:
+        report.check_folder(arguments.report)
+    options = dict(per_class=arguments.per_class, report_folder=arguments.report)
+    evaluate_file(arguments.results, arguments.annotations, **options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

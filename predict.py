@@ -20,7 +20,7 @@ import checkpoint
 import data
 import viz
 from config import UserError, config
-from dataset import get_dataset
+from dataset import class_difference, get_datasets, short_names
 
 
 def parse_arguments(arguments=None):
@@ -31,6 +31,9 @@ def parse_arguments(arguments=None):
     task.add_argument("--video", nargs="+", metavar="VIDEO", help="video files; video of each: STEM-detections.mp4")
     evaluate_help = "results file, which must not exist; with several data sets OUT-DATASET.json for each"
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
+    parser.add_argument("--per-class", action="store_true", help="with --evaluate: a table of the classes, too")
+    report_help = "with --evaluate: new folder for curves, confusion matrices and numbers; DIR/DATASET for several sets"
+    parser.add_argument("--report", type=Path, metavar="DIR", help=report_help)
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
     parser.add_argument("--json", action="store_true", help="write results beside each picture or video, too")
@@ -56,7 +59,7 @@ def main(arguments):
     checkpoint_path = checkpoint.resolve(arguments.load)
     checkpoint.load_config(checkpoint_path, config, overrides=arguments.config)
     if arguments.evaluate:
-        return evaluate(arguments.evaluate, checkpoint_path)
+        return evaluate(arguments, checkpoint_path)
     return predict(arguments, checkpoint_path)
 
 
@@ -76,7 +79,7 @@ def class_names():
 def load_datasets():
     if not config.DATA.VAL:
         raise UserError("DATA.VAL names no data set: say --config DATA.VAL=NAME")
-    return [get_dataset(name, config.DATA.BASEDIR) for name in config.DATA.VAL]
+    return get_datasets(config.DATA.VAL, config.DATA.BASEDIR)
 
 
 def freeze_config(names):
@@ -128,22 +131,27 @@ def labels_of(names):
     return frozenset(known.index(name) + 1 for name in names)
 
 
-def evaluate(output, checkpoint_path):
+def evaluate(arguments, checkpoint_path):
     """Evaluates on each data set of DATA.VAL, once it is sure that all can be used and no results are in the way."""
-    names = config.DATA.VAL
-    outputs = [output if len(names) == 1 else output.with_name(f"{output.stem}-{n}{output.suffix}") for n in names]
-    for path in filter(Path.exists, outputs):
-        raise UserError(f"{path} exists already: name another file, or move it away")
+    output, folder = arguments.evaluate, arguments.report
+    outputs, folders = [output], [folder]
+    if len(config.DATA.VAL) > 1:
+        names = short_names(config.DATA.VAL)
+        outputs = [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
+        folders = [folder and folder / name for name in names]
+    for path in [*outputs, folder]:
+        if path and path.exists():
+            raise UserError(f"{path} exists already: name another place, or move it away")
     datasets, known = load_datasets(), class_names()
     for dataset in datasets:
-        if tuple(dataset.class_names) != tuple(known):
-            raise UserError(f"the classes of {dataset.name} are not those of the model, in the same order")
+        if difference := class_difference(known, dataset.class_names):
+            raise UserError(f"the classes of {dataset.name} are not those of the model: {difference}")
     freeze_config(known)
     from eval import evaluate_dataset, load_predictor
 
     network = load_predictor(checkpoint_path)
-    for dataset, path in zip(datasets, outputs):
-        evaluate_dataset(network, dataset, output=path)
+    for dataset, path, report_folder in zip(datasets, outputs, folders):
+        evaluate_dataset(network, dataset, output=path, per_class=arguments.per_class, report_folder=report_folder)
     return 0
 
 
