@@ -129,17 +129,17 @@ def coco_metrics(results, annotation_file, *, image_ids=None, kinds=tuple(KINDS)
     return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
-def evaluate(annotation_file, results, *, image_ids=None, kinds=tuple(KINDS)):
+def evaluate(truth, results, *, image_ids=None, kinds=tuple(KINDS)):
     """Compares results with a ground truth; returns an Evaluation for each of `kinds` ("bbox", "segm").
 
-    A found object's size is its box's area for "bbox", its mask's for "segm". `image_ids` limits all to some of the
-    file's images.
+    `truth` is the path of a COCO json, or what `load_truth` makes of it. A found object's size is its box's area for
+    "bbox", its mask's for "segm". `image_ids` limits all to some of the file's images.
 
     Raises:
         EvaluationError: results of an image or category that the ground truth does not have, not finite, or not in
             COCO's format; or a ground truth that cannot be used.
     """
-    truth = load_truth(annotation_file)
+    truth = truth if isinstance(truth, Truth) else load_truth(truth)
     image_ids = set(truth.images) if image_ids is None else set(image_ids)
     _check_ids(results, truth)
     results = [result for result in results if result["image_id"] in image_ids]
