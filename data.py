@@ -821,18 +821,8 @@ class EvaluationData:
     def _loaded(self):
         """Batches as lists of (Record, its resized image or an ImageError)."""
         if not self._num_threads:
-            yield from map(self._load, self._own_batches())
-            return
-        executor, pending = ThreadPoolExecutor(self._num_threads), deque()
-        try:
-            for records in self._own_batches():
-                pending.append(executor.submit(self._load, records))
-                if len(pending) > self._num_threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            executor.shutdown(cancel_futures=True)
+            return map(self._load, self._own_batches())
+        return map_ahead(self._load, self._own_batches(), num_threads=self._num_threads, num_ahead=self._num_threads)
 
     def num_rounds(self):
         """The number of batches of the shard that has most."""
@@ -865,7 +855,24 @@ class EvaluationData:
         return loaded
 
 
-# ---------------------------------------------------------------- worker processes
+# ---------------------------------------------------------------- threads and worker processes
+
+
+def map_ahead(function, items, *, num_threads, num_ahead):
+    """Yields `function(item)` of each item, in order; threads compute up to `num_ahead` results before they are asked.
+
+    For functions that let go of the interpreter's lock. What one raises is raised here.
+    """
+    executor, pending = ThreadPoolExecutor(num_threads), deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > num_ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 class OrderedMap:

@@ -1,4 +1,7 @@
+#!/usr/bin/env -S sh -c 'TF_CPP_MIN_LOG_LEVEL=2 exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
 """Inference on images and data sets, and results in COCO's format.
+
+    ./eval.py RESULTS.json ANNOTATIONS.json           COCO's metrics of results that are there already
 
 Shape shorthand: N images of a batch; R detections; H, W height and width of an image; M side of a predicted mask.
 
@@ -8,11 +11,16 @@ float32 [R, 4] (x1 y1 x2 y2 in pixels of the batch), `scores` [R], `labels` [R] 
 float32 [R, M, M] (probabilities inside the box) or None.
 """
 
+import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
-from collections import deque
+import sys
+import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +35,7 @@ import boxes
 import checkpoint
 import data
 import metrics
+import report
 import tta
 from checkpoint import unused_path
 from config import UserError, config
@@ -35,8 +44,7 @@ from modeling import rcnn
 from ranks import Ranks
 
 POST_THREADS = 4
-# Finished batches may wait for their post-processing, but not so many that they fill the memory.
-MAX_WAITING_IMAGES = 32
+BATCHES_AHEAD = 2  # what the network may have done before its results are asked for; bounds the memory
 ONE_PROCESS = Ranks()
 # Results keep a thousandth of a pixel; a coarser score would make ties that the network did not make.
 BOX_DECIMALS, SCORE_DECIMALS = 3, 6
@@ -300,14 +308,22 @@ class ResultsFile:
 
 
 def evaluate_dataset(
-    predict, dataset, *, output=None, overwrite=False, ranks=ONE_PROCESS, num_parallel=1, before_batch=None
+    predict,
+    dataset,
+    *,
+    output=None,
+    overwrite=False,
+    ranks=ONE_PROCESS,
+    num_parallel=1,
+    before_batch=None,
+    **report_options,
 ):
     """Runs the network over a data set and returns its metrics, {name: value}, which also go to the log as tables.
 
     Boxes are evaluated, and masks if the model has them (MODE_MASK). `output` is the path of the results json, or None.
     Of several `ranks` each predicts its share of the batches; rank 0 gets all results, writes the file and returns the
     metrics, the others return None. `num_parallel` threads call `predict`; `before_batch` is called before each batch,
-    equally often on all ranks.
+    equally often on all ranks. `report_options` are those of `evaluate_results`.
 
     Raises:
         EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
@@ -316,13 +332,14 @@ def evaluate_dataset(
     """
     records = dataset.records(training=False)
     batches = data.evaluation_data(records, shard_index=ranks.rank, num_shards=ranks.size)
-    results = []
+    results, stopwatch = [], Stopwatch()
     with (
         ResultsFile(output if ranks.rank == 0 else None, overwrite=overwrite) as file,
         get_tqdm(total=len(records), unit="image", disable=ranks.rank > 0) as progress,
     ):
-        predicted = _predicted(predict, _in_step(batches, before_batch), num_parallel)
-        for image_results in _results_by_image(predicted, dataset.category_ids):
+        in_step = _in_step(batches, before_batch)
+        options = {"num_parallel": num_parallel, "stopwatch": stopwatch}
+        for image_results in results_of(predict, in_step, dataset.category_ids, **options):
             if ranks.size == 1:
                 file.write(image_results)
             results.extend(image_results)
@@ -332,14 +349,48 @@ def evaluate_dataset(
             file.write(results)
     if ranks.rank > 0:
         return None
-    return evaluate_results(results, dataset)
+    with stopwatch.measure("metrics"):
+        values = evaluate_results(results, dataset, **report_options)
+    logger.info(f"{dataset.name}: {stopwatch.describe(len(records))}")
+    return values
 
 
-def evaluate_results(results, dataset):
-    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log."""
+def evaluate_results(results, dataset, *, per_class=False, report_folder=None):
+    """Compares all results of a data set with its ground truth: metrics, {name: value}, and tables in the log.
+
+    Args:
+        results: list of dicts in COCO's results format, joined in any order. per_class: tables of classes, too.
+        report_folder: a new folder for what `report.write` makes, or None.
+    """
     kinds = tuple(metrics.KINDS) if config.MODE_MASK else ("bbox",)
     evaluations = metrics.evaluate(dataset.annotation_file, results, image_ids=dataset.image_ids, kinds=kinds)
-    metrics.log_evaluations(evaluations, f"{dataset.name} ({len(dataset.image_ids)} images)")
+    title = f"{dataset.name} ({len(dataset.image_ids)} images)"
+    return _told(evaluations, title, per_class=per_class, report_folder=report_folder)
+
+
+def evaluate_file(path, annotation_file, *, per_class=False, report_folder=None):
+    """`evaluate_results` of a results json, by box or mask or both, whatever it has, on all images of the annotations.
+
+    Raises:
+        EvaluationError: see `metrics.load_results` and `metrics.evaluate`.
+    """
+    results = metrics.load_results(path)
+    shapes = {"bbox": "bbox", "segm": "segmentation"}
+    kinds = [kind for kind, key in shapes.items() if not results or any(key in result for result in results)]
+    if not kinds:
+        raise EvaluationError(f"{path}: the results have neither bbox nor segmentation")
+    evaluations = metrics.evaluate(annotation_file, results, kinds=kinds)
+    num_images, num_seen = evaluations[0].num_images, len({result["image_id"] for result in results})
+    if num_seen < num_images:
+        logger.warning(f"results in {num_seen} of {num_images} images: what is in the others counts as missed")
+    return _told(evaluations, f"{path} ({num_images} images)", per_class=per_class, report_folder=report_folder)
+
+
+def _told(evaluations, title, *, per_class, report_folder):
+    """Writes log and report of Evaluations; returns their metrics."""
+    report.log(evaluations, title, per_class=per_class)
+    if report_folder:
+        report.write(evaluations, report_folder)
     return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
@@ -361,42 +412,68 @@ def _in_order(parts, image_ids):
     return sorted(itertools.chain.from_iterable(parts), key=lambda result: place[result["image_id"]])
 
 
-def _predicted(predict, batches, num_parallel):
-    """Yields (records, batch, Detections) in the order of the batches, of which several may be under way at once."""
-    pool, waiting = ThreadPoolExecutor(num_parallel), deque()
-    try:
-        for records, batch in batches:
-            waiting.append((records, batch, pool.submit(predict, batch["image"], batch["image_shape"])))
-            if len(waiting) >= num_parallel:
-                records, batch, found = waiting.popleft()
-                yield records, batch, found.result()
-        for records, batch, found in waiting:
-            yield records, batch, found.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def results_of(predict, batches, category_ids, *, num_parallel=1, stopwatch=None):
+    """Runs the network over batches, as of data.evaluation_data; yields each image's list of results, in their order.
+
+    Three things go on at once: images of coming batches are loaded, `num_parallel` threads run the network, and more
+    threads turn what it found into results.
+    """
+    stopwatch = stopwatch or Stopwatch()
+    with ThreadPoolExecutor(POST_THREADS) as pool:
+
+        def run(item):
+            batch_records, batch = item
+            with stopwatch.measure("network", num_parallel):
+                found = predict(batch["image"], batch["image_shape"])
+            return [
+                pool.submit(_record_results, stopwatch, found, index, batch["image_shape"][index], record, category_ids)
+                for index, record in enumerate(batch_records)
+            ]
+
+        num_ahead = BATCHES_AHEAD + num_parallel - 1
+        ahead = data.map_ahead(run, batches, num_threads=num_parallel, num_ahead=num_ahead)
+        with contextlib.closing(ahead):
+            for futures in ahead:
+                for future in futures:
+                    yield future.result()
 
 
-def _results_by_image(predicted, category_ids):
-    """Yields each image's results in the order of the batches. Threads paste and encode beside the network."""
-    pool, waiting = ThreadPoolExecutor(POST_THREADS), deque()
-    try:
-        for records, batch, found in predicted:
-            for index, record in enumerate(records):
-                input_shape = batch["image_shape"][index]
-                waiting.append(pool.submit(_record_results, found, index, input_shape, record, category_ids))
-            while len(waiting) > MAX_WAITING_IMAGES or (waiting and waiting[0].done()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _record_results(found, index, input_shape, record, category_ids):
+def _record_results(stopwatch, found, index, input_shape, record, category_ids):
     size = {"height": record.height, "width": record.width}
-    detections = _of_image(found, index, input_shape=input_shape, **size, name=f"image {record.image_id}")
-    rles = None if detections.masks is None else boxes.paste_rle(detections.masks, detections.boxes_xyxy, **size)
-    return coco_results(record.image_id, detections, category_ids, rles=rles)
+    with stopwatch.measure("results"):
+        detections = _of_image(found, index, input_shape=input_shape, **size, name=f"image {record.image_id}")
+        rles = None if detections.masks is None else boxes.paste_rle(detections.masks, detections.boxes_xyxy, **size)
+        return coco_results(record.image_id, detections, category_ids, rles=rles)
+
+
+class Stopwatch:
+    """Adds up how long the parts of an evaluation take, from now on. Threads may measure at the same time."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+        self._seconds = Counter()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def measure(self, part, num_parallel=1):
+        """Adds what the `with` block takes to a part: network, metrics, or results (beside the network).
+
+        Of a block that runs `num_parallel` times at once, each counts for its share.
+        """
+        start = time.perf_counter()
+        yield
+        with self._lock:
+            self._seconds[part] += (time.perf_counter() - start) / num_parallel
+
+    def describe(self, num_images):
+        """The shares of the time that has passed, in words."""
+        total = time.perf_counter() - self._start
+        network, scoring = self._seconds["network"], self._seconds["metrics"]
+        rest = total - network - scoring
+        shares = {"network": network, "waiting for images and results": rest, "metrics": scoring}
+        listed = ", ".join(f"{name} {max(0, seconds) / total:.1%}" for name, seconds in shares.items())
+        beside = f"{self._seconds['results']:.1f} s of masks and results beside the network"
+        return f"{num_images} images in {total:.1f} s: {listed}; {beside}"
 
 
 # ---------------------------------------------------------------- during training
@@ -471,3 +548,29 @@ class EvalCallback(Callback):
             for name, picture in self._draw(self._predict, dataset):
                 self.trainer.monitors.put_image(name, picture)
         return values
+
+
+# ---------------------------------------------------------------- results that are there already
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="COCO's metrics of results.")
+    parser.add_argument("results", metavar="RESULTS.json", help="in COCO's results format, with bbox or segmentation")
+    parser.add_argument("annotations", metavar="ANNOTATIONS.json", help="the ground truth: COCO's instances_*.json")
+    parser.add_argument("--per-class", action="store_true", help="a table of classes, too")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="new folder for pictures and numbers")
+    arguments = parser.parse_args(arguments)
+    if arguments.report:
+        report.check_folder(arguments.report)
+    options = dict(per_class=arguments.per_class, report_folder=arguments.report)
+    evaluate_file(arguments.results, arguments.annotations, **options)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pycocotools.mask as mask_util
-from tabulate import tabulate
 from tensorpack.utils import logger
 
 import boxes
@@ -115,23 +114,32 @@ class Evaluation(NamedTuple):
         return {f"mAP({self.kind})/{name}": self.average_precision(name) for name in METRICS}
 
 
+class OperatingPoint(NamedTuple):
+    """What one gets by keeping only what was found with at least this score; all in [0, 1], at an IoU of 0.5."""
+
+    score: float
+    precision: float
+    recall: float
+    f1: float
+
+
 def coco_metrics(results, annotation_file, *, image_ids=None, kinds=tuple(KINDS)):
     """The metrics of `evaluate` for all kinds as one dict {"mAP(KIND)/NAME": value}, for each name in METRICS."""
     evaluations = evaluate(annotation_file, results, image_ids=image_ids, kinds=kinds)
     return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
-def evaluate(annotation_file, results, *, image_ids=None, kinds=tuple(KINDS)):
+def evaluate(truth, results, *, image_ids=None, kinds=tuple(KINDS)):
     """Compares results with a ground truth; returns an Evaluation for each of `kinds` ("bbox", "segm").
 
-    A found object's size is its box's area for "bbox", its mask's for "segm". `image_ids` limits all to some of the
-    file's images.
+    `truth` is the path of a COCO json, or what `load_truth` makes of it. A found object's size is its box's area for
+    "bbox", its mask's for "segm". `image_ids` limits all to some of the file's images.
 
     Raises:
         EvaluationError: results of an image or category that the ground truth does not have, not finite, or not in
             COCO's format; or a ground truth that cannot be used.
     """
-    truth = load_truth(annotation_file)
+    truth = truth if isinstance(truth, Truth) else load_truth(truth)
     image_ids = set(truth.images) if image_ids is None else set(image_ids)
     _check_ids(results, truth)
     results = [result for result in results if result["image_id"] in image_ids]
@@ -430,41 +438,71 @@ def _accumulate(found, true, is_match, is_ignored, is_counted, num_classes):
     return precision, scores
 
 
-# ---------------------------------------------------------------- tables
+# ---------------------------------------------------------------- at one score
 
 
-def log_evaluations(evaluations, title):
-    """Writes a table of each Evaluation to the log; below it, the reason of every AP that is 0 or undefined (n/a)."""
-    for each in evaluations:
-        cells = [_cell(each.average_precision(name)) for name in METRICS]
-        headers = [short for _, _, short in METRICS.values()]
-        table = tabulate([cells], headers, tablefmt="simple_outline", stralign="right", disable_numparse=True)
-        notes = [f"{', '.join(names)}: {reason}" for reason, names in _reasons(each).items()]
-        logger.info("\n".join([f"{KINDS[each.kind]} AP on {title}", table, *notes]))
+def best_operating_point(evaluation, label=None):
+    """The OperatingPoint of highest F1, of one class or of all together; None where there is nothing to find or found.
+
+    It is of the objects themselves, not of COCO's interpolated curves.
+    """
+    found, at = evaluation.found, _matches_at_half(evaluation)
+    of_class = slice(None) if label is None else found.label == label
+    scores, is_right = found.scores[of_class][~at.is_ignored[of_class]], at.is_right[of_class][~at.is_ignored[of_class]]
+    num_true = np.count_nonzero(at.is_counted if label is None else at.is_counted & (evaluation.true.label == label))
+    if not num_true or not len(scores):
+        return None
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], np.cumsum(is_right[order])
+    kept = np.arange(1, len(scores) + 1)
+    f1 = 2 * right / (kept + num_true)
+    f1[:-1][scores[1:] == scores[:-1]] = -1  # equal scores are kept together
+    best = int(np.argmax(f1))
+    values = (scores[best], right[best] / kept[best], right[best] / num_true, f1[best])
+    return OperatingPoint(*map(float, values))
 
 
-def _cell(value):
-    return "n/a" if math.isnan(value) else f"{value:.3f}"
+def confusion_matrix(evaluation, score):
+    """What was found with at least this score against what is there, int64 [K + 1, K + 1].
+
+    Rows are true classes, the last one is nothing; columns are found classes, the last one is nothing (missed). At an
+    IoU of 0.5. The diagonal holds the right ones as COCO counts them; of what is left over, the best score first, each
+    is put to the object of another class that it overlaps most. Ignored ones (crowds) are left out.
+    """
+    found, true, at = evaluation.found, evaluation.true, _matches_at_half(evaluation)
+    is_kept = (found.scores >= score) & ~at.is_ignored
+    right = is_kept & at.is_right
+    is_found = np.zeros(len(true.label), bool)
+    is_found[at.match[right]] = True
+    num_classes = len(evaluation.class_names)
+    matrix = np.zeros((num_classes + 1, num_classes + 1), np.int64)
+    np.add.at(matrix, (found.label[right], found.label[right]), 1)
+    rest, missed = np.flatnonzero(is_kept & ~right), np.flatnonzero(at.is_counted & ~is_found)
+    rest = rest[np.lexsort((-found.scores[rest], found.image[rest]))]
+    rest, missed = _take(found, rest), _take(true, missed)
+    pairs = _overlapping(evaluation.kind, rest, missed, groups=(rest.image, missed.image))
+    everything = np.ones(len(missed.label), bool)
+    match = _match(pairs, rest.image, everything, ~everything)[:, 0]
+    np.add.at(matrix, (np.where(match < 0, num_classes, np.append(missed.label, 0)[match]), rest.label), 1)
+    everything[match[match >= 0]] = False
+    np.add.at(matrix, (missed.label[everything], num_classes), 1)
+    return matrix
 
 
-def _reasons(evaluation):
-    """Why an AP is 0 or undefined: {reason: list of the metrics' short names}."""
-    reasons = {}
-    for name, (_, _, short) in METRICS.items():
-        if not evaluation.average_precision(name) > 0:
-            reasons.setdefault(_reason(evaluation, name), []).append(short)
-    return reasons
+class _Matches(NamedTuple):
+    """What an Evaluation says of objects of all sizes at an IoU of 0.5; arrays [D], is_counted [G]."""
+
+    match: np.ndarray
+    is_right: np.ndarray
+    is_ignored: np.ndarray
+    is_counted: np.ndarray
 
 
-def _reason(evaluation, name):
-    threshold, size, _ = METRICS[name]
-    index = list(SIZES).index(size)
-    true_labels = evaluation.true.label[evaluation.is_counted[index]]
-    objects = f"{'' if size == 'all' else size + ' '}objects" + (" with a mask" if evaluation.kind == "segm" else "")
-    if not len(true_labels):
-        return f"n/a, the ground truth has no {objects}"
-    if not len(evaluation.found.label):
-        return "0, nothing was found"
-    if not np.isin(evaluation.found.label, true_labels).any():
-        return f"0, nothing was found of the classes that have {objects}"
-    return f"0, nothing that was found reaches an IoU of {threshold or IOU_THRESHOLDS[0]} with {objects} of its class"
+def _matches_at_half(evaluation):
+    match, is_ignored = evaluation.match[0, :, 0], evaluation.is_ignored[0, :, 0]
+    return _Matches(match, (match >= 0) & ~is_ignored, is_ignored, evaluation.is_counted[0])
+
+
+def _take(objects, rows):
+    """The Objects of these rows, int64."""
+    return Objects(*([field[row] for row in rows] if isinstance(field, list) else field[rows] for field in objects))

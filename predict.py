@@ -37,6 +37,9 @@ def parse_arguments(arguments=None):
     visualize_help = "image files, or ids of images in DATA.VAL; what each stage makes of them, beside the ground truth"
     task.add_argument("--visualize", nargs="+", metavar="IMAGE", help=visualize_help)
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
+    parser.add_argument("--per-class", action="store_true", help="with --evaluate: a table of the classes, too")
+    report_help = "with --evaluate: new folder for curves, confusion matrices and numbers; DIR/DATASET for several sets"
+    parser.add_argument("--report", type=Path, metavar="DIR", help=report_help)
     parser.add_argument("--output-serving", type=Path, metavar="DIR", help="export a SavedModel to a new folder")
     parser.add_argument("--output-pb", type=Path, metavar="FILE", help="export a frozen graph to a new file")
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
@@ -75,7 +78,7 @@ def main(arguments):
     checkpoint_path = checkpoint.resolve(arguments.load)
     checkpoint.load_config(checkpoint_path, config, overrides=arguments.config)
     if arguments.evaluate:
-        return evaluate(arguments.evaluate, checkpoint_path)
+        return evaluate(arguments, checkpoint_path)
     if arguments.visualize:
         return visualize(arguments, checkpoint_path)
     if arguments.output_serving or arguments.output_pb:
@@ -151,12 +154,17 @@ def labels_of(names):
     return frozenset(known.index(name) + 1 for name in names)
 
 
-def evaluate(output, checkpoint_path):
+def evaluate(arguments, checkpoint_path):
     """Evaluates on each data set of DATA.VAL, once it is sure that all can be used and no results are in the way."""
-    names = short_names(config.DATA.VAL)
-    outputs = [output if len(names) == 1 else output.with_name(f"{output.stem}-{n}{output.suffix}") for n in names]
-    for path in filter(Path.exists, outputs):
-        raise UserError(f"{path} exists already: name another file, or move it away")
+    output, folder = arguments.evaluate, arguments.report
+    outputs, folders = [output], [folder]
+    if len(config.DATA.VAL) > 1:
+        names = short_names(config.DATA.VAL)
+        outputs = [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
+        folders = [folder and folder / name for name in names]
+    for path in [*outputs, folder]:
+        if path and path.exists():
+            raise UserError(f"{path} exists already: name another place, or move it away")
     datasets, known = load_datasets(), class_names()
     for dataset in datasets:
         if difference := class_difference(known, dataset.class_names):
@@ -165,8 +173,8 @@ def evaluate(output, checkpoint_path):
     from eval import evaluate_dataset, load_predictor
 
     network = load_predictor(checkpoint_path)
-    for dataset, path in zip(datasets, outputs):
-        evaluate_dataset(network, dataset, output=path)
+    for dataset, path, report_folder in zip(datasets, outputs, folders):
+        evaluate_dataset(network, dataset, output=path, per_class=arguments.per_class, report_folder=report_folder)
     return 0
 
 

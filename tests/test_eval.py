@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -292,6 +295,60 @@ def test_ranks_share_the_work_and_find_the_same(config, dataset, tmp_path):
     assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
     assert sorted(images) == [record.image_id for record in dataset.records(training=False)]
     assert calls.count(0) == calls.count(1) > 0
+
+
+def test_loading_network_and_results_go_on_at_the_same_time(config, dataset, monkeypatch):
+    """Each waits for what the others do ahead of it or behind it: one after the other, they would wait for ever."""
+    config.update(["DATA.NUM_WORKERS=1"])
+    loaded, seen = [threading.Event() for _ in range(6)], [threading.Event() for _ in range(6)]
+    order, load_image, encode = [], data.load_image, evaluation.coco_results
+
+    def load(path):
+        order.append(int(Path(path).stem))
+        loaded[len(order)].set()
+        return load_image(path)
+
+    def predict(image, image_shape):
+        number = order.index(int(image[0, 0, 0, 0])) + 1
+        seen[number].set()
+        assert loaded[min(number + 1, 5)].wait(20), "the next image is not loaded beside the network"
+        return perfect(dataset)(image, image_shape)
+
+    def slow_results(image_id, *arguments, **options):
+        assert seen[min(order.index(image_id) + 2, 5)].wait(20), "the next image is not seen beside the results"
+        return encode(image_id, *arguments, **options)
+
+    monkeypatch.setattr(data, "load_image", load)
+    monkeypatch.setattr(evaluation, "coco_results", slow_results)
+    assert evaluation.evaluate_dataset(predict, dataset)["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(1)
+
+
+def test_evaluation_does_not_run_far_ahead(config, dataset):
+    """Who takes the first image's results only has made the network see three: results are not piled up in memory."""
+    seen, third = [], threading.Event()
+
+    def predict(image, image_shape):
+        seen.append(int(image[0, 0, 0, 0]))
+        if len(seen) == 3:
+            third.set()
+        return perfect(dataset)(image, image_shape)
+
+    batches = data.evaluation_data(dataset.records(training=False))
+    results = evaluation.results_of(predict, batches, dataset.category_ids)
+    next(results)
+    assert third.wait(20)
+    results.close()  # waits for what runs; what waits is not started
+    assert len(seen) == 3
+
+
+def test_shares_of_the_time(config, dataset, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logger, "info", lines.append)
+    evaluation.evaluate_dataset(perfect(dataset), dataset)
+    number = r"(\d+\.\d)"
+    pattern = f"network {number}%, waiting for images and results {number}%, metrics {number}%; {number} s of masks"
+    assert "rectangles: 5 images in " in lines[-1]
+    assert sum(map(float, re.search(pattern, lines[-1]).groups()[:3])) == pytest.approx(100, abs=0.2)
 
 
 def test_evaluation_without_masks_or_file(config, dataset, tmp_path):

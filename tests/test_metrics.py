@@ -268,52 +268,101 @@ def test_metrics_print_nothing(tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.fixture
-def log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(logger, "info", lines.append)
-    return lines
+def four_objects(tmp_path):
+    """Of the classes 1, 1, 2 and 2 in image 1, and a crowd; the path of the ground truth and the objects."""
+    truth = [true_object(n, box=(40 * n, 10, 30, 30), category_id=1 + n // 2) for n in range(4)]
+    crowd = true_object(9, box=(0, 100, 150, 90), iscrowd=1, segmentation={"size": [200, 200], "counts": [0, 40000]})
+    return write_truth(tmp_path, [*truth, crowd], categories=(1, 2, 3)), truth
 
 
-def table_and_notes(line):
-    """Of what `log_evaluations` writes for one kind: the title, the cells of the row, the lines below."""
-    title, _, _, _, row, _, *notes = line.split("\n")
-    return title, [cell.strip() for cell in row.strip("│").split("│")], notes
+def test_operating_point_by_hand(tmp_path):
+    """Three right ones of four objects, two wrong ones, two in a crowd, which do not count; equal scores go together.
+
+    Scores from 0.9: 1 of 1 right, F1 2 / (1 + 4). From 0.8: 2 of 3, 4 / 7. From 0.6: 3 of 4, 6 / 8. From 0.5: 3 of 5.
+    """
+    path, (a, b, c, d) = four_objects(tmp_path)
+    far, crowd = true_object(0, image_id=2, box=(0, 0, 9, 9)), true_object(0, box=(5, 110, 60, 60))
+    results = [result_for(each, score) for each, score in ((a, 0.9), (b, 0.8), (far, 0.8), (c, 0.6), (far, 0.5))]
+    results += [result_for(crowd, 0.95), result_for(crowd, 0.94)]
+    for each in metrics.evaluate(path, results):
+        assert metrics.best_operating_point(each) == pytest.approx((0.6, 3 / 4, 3 / 4, 6 / 8))
+        # Class 1: 1 of 1 right of 2, F1 2 / 3; then 2 of 3, F1 4 / 5.
+        assert metrics.best_operating_point(each, label=0) == pytest.approx((0.8, 2 / 3, 1, 4 / 5))
+        assert metrics.best_operating_point(each, label=1) == pytest.approx((0.6, 1, 1 / 2, 2 / 3))
+        assert metrics.best_operating_point(each, label=2) is None
+    (nothing,) = metrics.evaluate(path, [], kinds=("bbox",))
+    assert metrics.best_operating_point(nothing) is None
 
 
-def test_tables(tmp_path, log):
-    truth = [true_object(1), true_object(2, box=(100, 100, 50, 50))]
-    metrics.log_evaluations(metrics.evaluate(write_truth(tmp_path, truth), [result_for(truth[0])]), "tiny")
-    assert len(log) == 2
-    for line, word, objects in zip(log, ("box", "mask"), ("objects", "objects with a mask")):
-        title, cells, notes = table_and_notes(line)
-        assert title == f"{word} AP on tiny"
-        assert cells == ["0.505", "0.505", "0.505", "1.000", "0.000", "n/a"]  # precision 1 up to recall 0.5: 51 of 101
-        assert notes == [
-            f"AP medium: 0, nothing that was found reaches an IoU of 0.5 with medium {objects} of its class",
-            f"AP large: n/a, the ground truth has no large {objects}",
-        ]
+def test_confusion_matrix_by_hand(tmp_path):
+    """One of two objects of class 1 is found, the other is taken for class 3; one of two of class 2 is found."""
+    path, (a, b, c, d) = four_objects(tmp_path)
+    far, crowd = true_object(0, image_id=2, box=(0, 0, 9, 9)), true_object(0, box=(5, 110, 60, 60))
+    results = [result_for(each, 0.7) for each in (a, c, far, crowd, {**b, "category_id": 3}, {**a, "category_id": 2})]
+    results.append(result_for(d, 0.3))
+    expected = [
+        [1, 0, 1, 0],
+        [0, 1, 0, 1],
+        [0, 0, 0, 0],
+        [1, 1, 0, 0],  # where nothing is: far away, and on an object that has been found already
+    ]
+    for each in metrics.evaluate(path, results):
+        assert metrics.confusion_matrix(each, 0.5).tolist() == expected
+        assert metrics.confusion_matrix(each, 0.3)[1].tolist() == [0, 2, 0, 0]
+        assert metrics.confusion_matrix(each, 0.99)[:3, 3].tolist() == [2, 2, 0]
+
+
+def test_confusion_matrix_adds_up_on_random_results(tmp_path):
+    rng = np.random.default_rng(30)
+    annotations = random_truth(rng)
+    path = write_truth(tmp_path, annotations, images=range(1, 13), categories=(1, 2, 3))
+    results = random_results(rng, annotations)
+    for result in results[::3]:
+        result["category_id"] = 1 + result["category_id"] % 3
+    for each in metrics.evaluate(path, results):
+        point = metrics.best_operating_point(each)
+        matrix = metrics.confusion_matrix(each, point.score)
+        right, kept, objects = np.trace(matrix), matrix[:, :-1].sum(), matrix[:-1].sum()
+        assert (right / kept, right / objects) == pytest.approx((point.precision, point.recall))
+        assert objects == sum(not annotation["iscrowd"] for annotation in annotations)
+        assert np.count_nonzero(matrix[:3, :3]) > 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("content", "message"),
     [
-        (None, "AP, AP50, AP75, AP small: 0, nothing was found"),
-        ({"category_id": 2}, "AP, AP50, AP75: 0, nothing was found of the classes that have objects"),
-        ({"bbox": [18, 10, 20, 20]}, "AP, AP50: 0, nothing that was found reaches an IoU of 0.5 with objects of its"),
-        ({"bbox": [12, 10, 20, 20], "segmentation": None}, "AP75: 0, nothing that was found reaches an IoU of 0.75"),
+        ("[", "cannot read the results .*r.json"),
+        ("{}", "r.json holds no COCO results: they are a list"),
+        ('[{"image_id": 1, "category_id": 1}]', "r.json: result 1 is no dict with category_id, image_id, score"),
     ],
 )
-def test_an_ap_of_0_comes_with_its_reason(tmp_path, log, changes, reason):
-    """The boxes moved by 8 and by 3 of 20 pixels have IoUs of 12 / 28 = 0.43 and 17 / 23 = 0.74."""
+def test_results_files_that_are_none(tmp_path, content, message):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(EvaluationError, match=message):
+        metrics.load_results(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [200, 200], "counts": "o1"}, "image 1 .*add up"),  # 63 pixels: pycocotools would never return
+        ({"size": [200, 200], "counts": "P"}, "image 1 .*cut off"),
+        ({"size": [100, 200], "counts": "P"}, r"image 1: RLE size \[100, 200\]"),
+        ({"size": [200, 200], "counts": [3, 5]}, "image 1: RLE counts add up to 8"),
+    ],
+)
+def test_broken_masks_of_results_are_refused(tmp_path, segmentation, message):
     truth = [true_object(1)]
-    results = [] if changes is None else [result_for(truth[0]) | changes]
-    if changes and "segmentation" in changes:
-        results[0]["bbox"] = [13, 10, 20, 20]
-    metrics.log_evaluations(metrics.evaluate(write_truth(tmp_path, truth), results, kinds=("bbox",)), "tiny")
-    _, cells, notes = table_and_notes(log[0])
-    assert "0.000" in cells
-    assert any(note.startswith(reason) for note in notes), notes
+    with pytest.raises(EvaluationError, match=message):
+        coco_metrics([{**result_for(truth[0]), "segmentation": segmentation}], write_truth(tmp_path, truth))
+
+
+def test_masks_of_results_may_be_polygons_or_run_lengths(tmp_path):
+    truth = [true_object(1), true_object(2, box=(60, 60, 20, 20))]
+    results = [result_for(each) for each in truth]
+    results[0]["segmentation"] = truth[0]["segmentation"]
+    results[1]["segmentation"] = {"size": [200, 200], "counts": runs(mask_util.decode(results[1]["segmentation"]))}
+    assert coco_metrics(results, write_truth(tmp_path, truth))["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(1)
 
 
 def test_ground_truth_of_coco_tiny_as_detections_scores_1(coco_tiny):

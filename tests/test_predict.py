@@ -197,7 +197,7 @@ def network(monkeypatch):
         calls.loaded.append(str(path))
         return calls.predictor
 
-    def evaluate_dataset(function, dataset, *, output):
+    def evaluate_dataset(function, dataset, *, output, per_class, report_folder):
         calls.evaluated.append((function, dataset.name, str(output)))
 
     monkeypatch.setattr(eval.Predictor, "configured", load)
@@ -440,7 +440,7 @@ def test_whole_evaluation(random_model, tmp_path):
     results = json.loads((tmp_path / "out.json").read_text())
     assert len(results) == 3 and all(result["image_id"] == 1 for result in results)
     assert results[0]["segmentation"]["size"] == [20, 30]
-    assert "no ground truth for box AP" in done.stdout + done.stderr
+    assert "n/a, the ground truth has no objects" in done.stdout + done.stderr
     assert "box AP on coco_val2017 (1 images)" in done.stdout + done.stderr
 
 
