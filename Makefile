@@ -8,7 +8,7 @@ ENVIRONMENT = python=$$(PYTHON="$(PYTHON)" ./setup/prerequisites) && PYTHON="$(P
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo setup dev horovod test test-fast test-long lint format lock
+.PHONY: help bench demo setup dev horovod test test-fast test-long lint format lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ dev: ## setup, and what tests need
 
 horovod: ## setup, and Horovod (built from source once, then from a cache)
 	@$(ENVIRONMENT) horovod
+
+bench: setup ## what takes how long, beside torchvision (installs PyTorch)
+	$(RUN) -m pip install -r requirements/bench.txt
+	$(RUN) -m tools.benchmark --vs torchvision --precision float32 bfloat16 $(ARGS)
 
 lock: dev ## renew requirements/constraints.txt (a new name first: a failure leaves the old file)
 	$(RUN) setup/lock.py >requirements/constraints.new

@@ -40,7 +40,7 @@ def main():
             sys.exit(f"resolved differently with and without a GPU: {', '.join(clashes)}")
         versions.update(resolved)
     # what is not a wheel, or only for Python 3.10 (markers are judged by the Python that runs this), is pinned already
-    pins = "\n".join((REQUIREMENTS / name).read_text() for name in ("dev.txt", "horovod.txt"))
+    pins = "\n".join((REQUIREMENTS / name).read_text() for name in ("dev.txt", "horovod.txt", "bench.txt"))
     versions.update(re.findall(r"^([\w-]+)==([\w.]+)", pins, re.MULTILINE))
     print(HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(versions.items())))
 

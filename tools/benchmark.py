@@ -31,7 +31,7 @@ from tabulate import tabulate
 from config import UserError, config
 from data import pad_images
 
-PARTS = ("data", "training", "inference", "post")
+PARTS = ("data", "training", "inference", "paste", "paste-full")
 SIDES = ("this", "torchvision")
 COMPARED = ("training", "inference")  # parts that torchvision has, too
 CLASSES = 80
@@ -191,7 +191,32 @@ def prepare_data(case):
     return (lambda: next(batches)), {"num_images": len(records)}
 
 
-PREPARE = {"training": prepare_training, "inference": prepare_inference, "data": prepare_data}
+def prepare_paste(case):
+    """Pasting masks into an image of 480x640, as RLE: of 100 boxes as large as COCO's, or as the whole image."""
+    import boxes
+
+    rng = np.random.default_rng(0)
+    height, width, count = 480, 640, 100
+    sizes = np.exp(rng.normal(np.log(60), 1.0, (count, 2))).clip(2, (width, height))  # half are above 60 pixels
+    if case.part == "paste-full":
+        sizes = np.full((count, 2), (width, height))
+    corners = rng.uniform(0, 1, (count, 2)) * ((width, height) - sizes)
+    boxes_xyxy = np.concatenate([corners, corners + sizes], axis=1).astype(np.float32)
+    y, x = np.mgrid[-1:1:28j, -1:1:28j]
+    radius = rng.uniform(0.5, 1.2, (count, 1, 1)) + 0.2 * np.sin(
+        5 * np.arctan2(y, x) + rng.uniform(0, 6, (count, 1, 1))
+    )
+    masks = (1 / (1 + np.exp(8 * (np.hypot(x, y) - radius)))).astype(np.float32)
+    return (lambda: boxes.paste_rle(masks, boxes_xyxy, height, width)), {"num_detections": count}
+
+
+PREPARE = {
+    "data": prepare_data,
+    "training": prepare_training,
+    "inference": prepare_inference,
+    "paste": prepare_paste,
+    "paste-full": prepare_paste,
+}
 
 
 # ---------------------------------------------------------------- processes
@@ -334,7 +359,7 @@ def convolution_rate(precision, *, repeat=5):
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["training", "inference", "post"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["training", "inference", "paste", "paste-full"])
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
     parser.add_argument("--size", default="800x1202", metavar="HEIGHTxWIDTH", help="of the images (%(default)s)")
@@ -352,7 +377,7 @@ def main(arguments):
         raise UserError(f"--size {arguments.size}: give HEIGHTxWIDTH in pixels, 32 at least")
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
-        if part in ("data", "post") and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
+        if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
             continue  # neither depends on them
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
         overrides = tuple(arguments.config)
