@@ -584,6 +584,9 @@ def test_crops_are_as_large_as_asked_and_scaled_at_random(tmp_path):
         assert width == 64 or abs(height - max(32, width * 2 / 3)) <= 1
     fixed = {example["image"].shape[:2] for example in crops(record, 20, crop_scale=(1.0, 1.0))}
     assert fixed == {(43, 64)}
+    # Nothing is smaller than a cell of the coarsest feature map.
+    small = {example["image"].shape[:2] for example in crops(record, 20, crop_scale=(0.1, 0.3))}
+    assert small == {(32, 32)}
 
 
 def test_boxes_and_masks_follow_the_objects_into_the_crop(tmp_path):
