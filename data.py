@@ -353,8 +353,8 @@ class SkippedImages:
         number = len(self._paths)
         if number > self._max_share * self._num_images:
             raise DataError(
-                f"{number} of {self._num_images} images cannot be used, more than DATA.MAX_DROPPED={self._max_share:g} "
-                f"allows; the last: {problem}"
+                f"{number} of {self._num_images} images cannot be used (python -m tools.doctor lists them), more than "
+                f"DATA.MAX_DROPPED={self._max_share:g} allows; the last: {problem}"
             )
         if number <= NAMED_IMAGES or number in (10**n for n in range(2, 9)):
             logger.warning(f"unreadable image {number}, skipped: {problem}")
@@ -424,7 +424,7 @@ class Augmentation(NamedTuple):
     def draw_size(self, rng):
         """The size of one example, before the crop: the keywords of `resized_shape`."""
         if self.crop_size:
-            long_edge = self.crop_size * rng.uniform(*self.crop_scale)
+            long_edge = max(MIN_EDGE, self.crop_size * rng.uniform(*self.crop_scale))
             return {"short_edge": long_edge, "max_size": long_edge}
         choices = np.ravel(self.short_edge)
         if len(choices) == 2:

@@ -169,6 +169,7 @@ def evaluate(arguments, checkpoint_path):
     for dataset in datasets:
         if difference := class_difference(known, dataset.class_names):
             raise UserError(f"the classes of {dataset.name} are not those of the model: {difference}")
+        data.check_sizes(dataset.records(training=False), max_share=config.DATA.MAX_DROPPED)
     freeze_config(known)
     from eval import evaluate_dataset, load_predictor
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import tqdm
 
 from dataset import rules
 from dataset.record import Dataset, DatasetError, Record, TooManyDropped
@@ -27,6 +28,7 @@ from dataset.record import Dataset, DatasetError, Record, TooManyDropped
 logger = logging.getLogger(__name__)
 
 _NEXT_LINE = "\n  "
+BAR_AFTER = 3  # seconds of work from which on a progress bar is shown
 
 
 class CocoDataset(Dataset):
@@ -104,7 +106,9 @@ class CocoDataset(Dataset):
 
     def _load(self, content, max_images):
         findings = []
-        annotations = read_annotations(content, self.image_dir, findings, max_images=max_images)
+        annotations = read_annotations(
+            content, self.image_dir, findings, max_images=max_images, progress=_bar_of_long_work(self.name)
+        )
         self._records, self._faults = annotations.records, annotations.faults
         self._without_segmentation = annotations.without_segmentation
         self.category_ids = tuple(annotations.categories)
@@ -256,6 +260,11 @@ def _check_paths(name, source_file, image_dir, hint):
     ):
         if not exists(path):
             raise DatasetError(f"{name}: no {what} {path}{'. ' if hint else ''}{hint}")
+
+
+def _bar_of_long_work(name):
+    """A function that shows a progress bar around image ids, if it takes more than seconds."""
+    return lambda image_ids: tqdm.tqdm(image_ids, desc=name, unit="image", delay=BAR_AFTER, mininterval=0.5)
 
 
 def _is_dropped(fault, masks):
