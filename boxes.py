@@ -166,8 +166,24 @@ def packed_mask_box(packed):
 
 
 def paste_mask(mask, box_xyxy, height, width):
-    """A mask predicted for a box, put into its image: uint8 [H, W] of 0 and 1. See `paste_rle`."""
-    return mask_util.decode(paste_rle(np.asarray(mask)[None], [box_xyxy], height, width)[0])
+    """A mask predicted for a box, put into its image: uint8 [H, W] of 0 and 1. `paste_rle` says what and how."""
+    return paste_masks(np.asarray(mask)[None], [box_xyxy], height, width)[0].view(np.uint8)
+
+
+def paste_masks(masks, boxes_xyxy, height, width):
+    """What `paste_rle` encodes, as pixels: bool [N, H, W]."""
+    pasted = np.zeros((len(masks), height, width), bool)
+    if not len(masks):
+        return pasted
+    index, columns, rows = _column_ends(masks, boxes_xyxy, height, width)
+    starts = np.flatnonzero(np.diff(index, prepend=-1))
+    for start, stop in zip(starts, [*starts[1:], len(index)]):
+        x, y = columns[start:stop], rows[start:stop]
+        left, right, top, bottom = x[0], x[-1] + 1, y.min(), y.max()
+        changes = np.zeros((bottom - top + 1, right - left), bool)
+        np.logical_xor.at(changes, (y - top, x - left), True)
+        np.logical_xor.accumulate(changes[:-1], axis=0, out=pasted[index[start], top:bottom, left:right])
+    return pasted
 
 
 def paste_rle(masks, boxes_xyxy, height, width):
@@ -184,22 +200,31 @@ def paste_rle(masks, boxes_xyxy, height, width):
     No pixel is looked at: down a column of pixels the interpolation is linear from cell to cell, so that where it
     crosses 0.5 follows from the two cells, and the crossings of all columns are the ends of the runs.
     """
-    masks, boxes_xyxy = np.asarray(masks, np.float32), np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     if not len(masks):
         return []
+    index, columns, rows = _column_ends(masks, boxes_xyxy, height, width)
+    return _rle_of_ends(index, columns * height + rows, len(masks), height, width)
+
+
+def _column_ends(masks, boxes_xyxy, height, width):
+    """Where pasted masks begin and end in the columns of their image.
+
+    Returns, int64, by mask, column and row: the index of the mask, the column of pixels, and the row, in [0, H], from
+    which on pixels are no longer what they were above it (0 above the first).
+    """
+    masks, boxes_xyxy = np.asarray(masks, np.float32), np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     _, cells_high, cells_wide = masks.shape
     padded = np.zeros((len(masks), cells_wide + 2, cells_high + 2), np.float32)
     padded[:, 1:-1, 1:-1] = masks.transpose(0, 2, 1)
-    index, columns, cells, weights = _pixel_columns(boxes_xyxy, cells_wide, height=height, width=width)
+    index, columns, cells, weights = _pixel_columns(boxes_xyxy, cells_wide, width)
     # lines[i]: the cells of a whole mask, from top to bottom, interpolated at the pixel column i.
     lines = padded[index, cells]
     lines += weights[:, None] * (padded[index, cells + 1] - lines)
     line, rows = _crossings(lines, *boxes_xyxy[index][:, [1, 3]].T)
-    ends = columns[line] * height + np.clip(rows, 0, height).astype(np.int64)
-    return _rle_of_ends(index[line], ends, len(masks), height, width)
+    return index[line], columns[line], np.clip(rows, 0, height).astype(np.int64)
 
 
-def _pixel_columns(boxes_xyxy, cells_wide, *, height, width):
+def _pixel_columns(boxes_xyxy, cells_wide, width):
     """The columns of pixels that each box reaches, and where they lie between the cells of its mask.
 
     Returns, with one entry for each column of each box, in this order: the box's index and the pixel column, int64; the

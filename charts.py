@@ -77,7 +77,7 @@ def arrange(panels, *, title):
     rows = math.ceil(len(panels) / columns)
     width, height = panels[0].size
     top = 40
-    sheet = Sheet(max(columns * width, 11 * len(title)), rows * height + top)
+    sheet = Sheet(max(columns * width, text_width(title, 16) + 28), rows * height + top)
     sheet.text(title, (14, top / 2), size=16, anchor="lm")
     picture = sheet.finish()
     for index, panel in enumerate(panels):
@@ -92,7 +92,7 @@ def draw_matrix(counts, row_names, column_names, *, title):
     names = [[_shortened(name) for name in group] for group in (row_names, column_names)]
     margin = 16 + max(text_width(name, size) for group in names for name in group)
     left, top = margin, margin + 36
-    width = max(left + counts.shape[1] * cell, text_width(title, 15)) + 16
+    width = max(left + counts.shape[1] * cell, text_width(title, 15) + 10) + 16
     sheet = Sheet(width, top + counts.shape[0] * cell + 16)
     sheet.text(title, (10, 18), size=15, anchor="lm")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

@@ -206,11 +206,7 @@ def _of_image(found, index, *, input_shape, height, width, name):
 def _with_pasted_masks(detections, height, width):
     if detections.masks is None:
         return detections
-    masks = np.zeros((len(detections.scores), height, width), bool)
-    # One by one: those of a large photo, all at once and again, would take gigabytes.
-    for slot, mask, box in zip(masks, detections.masks, detections.boxes_xyxy, strict=True):
-        slot[:] = boxes.paste_mask(mask, box, height, width)
-    return detections._replace(masks=masks)
+    return detections._replace(masks=boxes.paste_masks(detections.masks, detections.boxes_xyxy, height, width))
 
 
 # ---------------------------------------------------------------- results

@@ -82,7 +82,7 @@ class Evaluation(NamedTuple):
     """How found objects agree with true ones, by box or by mask.
 
     kind: "bbox" or "segm". class_names: K names. num_images. true, found: Objects.
-    match: int64 [S, D, T], the true object that a found one was matched with, or -1. is_ignored: bool [S, D, T], of
+    match: int32 [S, D, T], the true object that a found one was matched with, or -1. is_ignored: bool [S, D, T], of
     found ones that count neither as right nor as wrong. is_counted: bool [S, G], of true ones that are to be found.
     precision, scores: float64 [T, R, K, S]: the best precision at a recall or a higher one, 0 where that is not
     reached, and the score at which it is; NaN for classes without true objects.
@@ -390,10 +390,10 @@ def _match(pairs, groups, is_counted, is_crowd):
     Args:
         pairs: from `_overlapping`. groups: int64 [D], of the found objects. is_counted, is_crowd: bool [G].
     Returns:
-        int64 [D, T]: index of the true object, or -1.
+        int32 [D, T]: index of the true object, or -1.
     """
     found, true, overlap = pairs
-    match = np.full((len(groups), len(IOU_THRESHOLDS)), -1)
+    match = np.full((len(groups), len(IOU_THRESHOLDS)), -1, np.int32)
     if not len(found):
         return match
     order = np.lexsort((overlap, is_counted[true], found))  # within a found object, the best comes last

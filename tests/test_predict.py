@@ -197,8 +197,8 @@ def network(monkeypatch):
         calls.loaded.append(str(path))
         return calls.predictor
 
-    def evaluate_dataset(function, dataset, *, output, per_class, report_folder):
-        calls.evaluated.append((function, dataset.name, str(output)))
+    def evaluate_dataset(function, dataset, *, output, **report_options):
+        calls.evaluated.append((function, dataset.name, str(output), report_options))
 
     monkeypatch.setattr(eval.Predictor, "configured", load)
     monkeypatch.setattr(eval, "load_predictor", lambda path: "function")
@@ -363,7 +363,23 @@ def test_evaluation_writes_a_file_per_data_set(network, checkpoint, tmp_path, na
     write_config(checkpoint, write_data_set(tmp_path / "data"), f"DATA.VAL={names}")
     assert run("--evaluate", tmp_path / "new" / "out.json", "--load", checkpoint / "model-500.index") == 0
     files = ["out.json"] if len(names) == 1 else [f"out-{name}.json" for name in names]
-    assert network.evaluated == [("function", n, str(tmp_path / "new" / f)) for n, f in zip(names, files)]
+    options = {"per_class": False, "report_folder": None}
+    assert network.evaluated == [("function", n, str(tmp_path / "new" / f), options) for n, f in zip(names, files)]
+
+
+@pytest.mark.parametrize("names", [["coco_val2017"], ["coco_val2017", "coco_val2014"]])
+def test_reports_go_to_a_new_folder_for_each_data_set(network, checkpoint, tmp_path, names, monkeypatch):
+    write_config(checkpoint, write_data_set(tmp_path / "data"), f"DATA.VAL={names}")
+    arguments = ["--evaluate", tmp_path / "out.json", "--load", checkpoint, "--per-class", "--report", tmp_path / "r"]
+    assert run(*arguments) == 0
+    folders = [tmp_path / "r"] if len(names) == 1 else [tmp_path / "r" / name for name in names]
+    assert [call[3] for call in network.evaluated] == [{"per_class": True, "report_folder": f} for f in folders]
+    (tmp_path / "r").mkdir()
+    for module in (data, eval):
+        monkeypatch.setattr(module, "config", Config())
+    monkeypatch.setattr(predict, "config", data.config)
+    with pytest.raises(UserError, match="r exists already"):
+        run(*arguments)
     assert network.config.TEST.RESULT_SCORE_THRESH == 0.05
     assert network.config.DATA.CLASS_NAMES == ("BG", "disc", "box")
 

@@ -150,7 +150,7 @@ def test_matrix_is_darkest_where_a_row_s_counts_are():
     counts = np.array([[9, 1, 0], [0, 5, 0], [0, 0, 0]])
     picture = pixels(charts.draw_matrix(counts, ["a", "b", "c"], ["a", "b", "missed"], title="t"))
     cell = 56
-    corner = picture.shape[1] - 16 - 3 * cell, picture.shape[0] - 16 - 3 * cell
+    corner = picture.shape[1] - 16 - 3 * cell, picture.shape[0] - 16 - 3 * cell  # the margin is 16
     darkness = np.array(
         [[255 - picture[corner[1] + r * cell + 4, corner[0] + c * cell + 4].mean() for c in range(3)] for r in range(3)]
     )
