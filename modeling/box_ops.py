@@ -11,6 +11,7 @@ import tensorflow as tf
 
 KEY_PURPOSES = {"anchors": 1, "rois": 2}  # of random numbers
 NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
+MANY_CHANNELS = 1024  # of a map: RoIAlign then saves memory
 MAX_SAMPLES = 64  # along a side of a cell of an RoI: more than any image has
 NO_SCORE = -1.0  # the score in `batched_nms` of what is not a candidate
 
@@ -257,8 +258,24 @@ def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=T
         boxes = tf.concat([top_left, tf.maximum(bottom_right, top_left + 1.0)], axis=1)
     if adaptive:
         return _adaptive_roi_align(extended_features, boxes, image_index, resolution=resolution, offset=offset)
+    if extended_features.shape[-1] >= MANY_CHANNELS:
+        return _lean_roi_align(extended_features, boxes, image_index, resolution=resolution, offset=offset)
     samples = 2 * resolution
     return _mean_2x2(_sample_grid(extended_features, boxes, image_index, samples, samples, offset=offset))
+
+
+def _lean_roi_align(features, boxes, image_index, *, resolution, offset):
+    """The same without all 2x2 samples of each cell in memory at once, which C4's 1000 RoIs would fill gigabytes with.
+
+    One sample of each cell at a time: those of the RoI moved by a quarter of a cell to either side.
+    """
+    quarter = (boxes[:, 2:] - boxes[:, :2]) / (4.0 * resolution)
+    total = tf.zeros([])
+    for signs in ((-1, -1), (1, -1), (-1, 1), (1, 1)):
+        moved = boxes + tf.tile(quarter * tf.constant(signs, tf.float32), [1, 2])
+        with tf.control_dependencies([total]):
+            total += _sample_grid(features, moved, image_index, resolution, resolution, offset=offset)
+    return total * 0.25
 
 
 def _sample_grid(features, boxes, image_index, rows, columns, *, offset):

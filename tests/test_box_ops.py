@@ -360,7 +360,9 @@ ROIS = {
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 7])
-def test_roi_align_and_its_gradient_equal_the_definition(resolution):
+@pytest.mark.parametrize("many_channels", [1024, 2], ids=["at once", "lean"])
+def test_roi_align_and_its_gradient_equal_the_definition(many_channels, resolution, monkeypatch):
+    monkeypatch.setattr(box_ops, "MANY_CHANNELS", many_channels)
     rng = np.random.default_rng(7)
     features = rng.normal(size=(3, 7, 11, 2)).astype(np.float32)
     boxes = np.float32([*ROIS.values(), *random_boxes(rng, 10, low=-1, high=8, size=3)])
