@@ -103,6 +103,20 @@ def check_results(folder):
     assert cv2.imread(str(drawn)) is not None
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "val"), [("train2017", "val2017"), ("val2017", "train2017")])
+def test_real_images_train_and_evaluate(train, val, coco_tiny, tmp_path):
+    """With everything that augments them, too."""
+    names = [f"DATA.TRAIN=coco_{train}", f"DATA.VAL=coco_{val}", f"DATA.BASEDIR={coco_tiny}"]
+    more = ["PREPROC.TRAIN_CROP_SIZE=64", "PREPROC.COLOR_JITTER=[0.4,0.4,0.4]", "DATA.REPEAT_THRESHOLD=0.1"]
+    more += ["DATA.FILTER_EMPTY_ANNOTATIONS=False", "TRAIN.LR_SCHEDULE=[10]", "TRAIN.STEPS_PER_EPOCH=40"]
+    result = run("train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, *names, *more)
+    assert result.returncode == 0, result.stderr
+    assert f"coco_{val}-mAP(segm)/IoU=0.5" in json.loads((tmp_path / "run" / "stats.json").read_text())[-1]
+    assert "skipped" not in (tmp_path / "run" / "log.log").read_text()
+
+
 def test_the_worked_example_of_another_format(tmp_path, monkeypatch):
     """The page's class, on the page's kind of file."""
     monkeypatch.setattr(dataset, "_registry", {})

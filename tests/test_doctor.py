@@ -427,6 +427,21 @@ def test_the_ground_truth_found_is_perfect(case, data_set, fresh_config):
         assert each.metrics()[f"mAP({each.kind})/IoU=0.5:0.95"] == 1, case
 
 
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_coco_is_clean(split, coco_tiny, fresh_config, capsys):
+    path, images = coco_tiny / "annotations" / f"instances_{split}.json", coco_tiny / split
+    assert doctor.main(doctor.parse_arguments([str(path), str(images), "--json"])) == 0
+    report = json.loads(capsys.readouterr().out)
+    truth = json.loads(path.read_text())
+    statistics = report["statistics"]
+    assert statistics["objects"] + statistics["crowds"] == len(truth["annotations"])
+    assert statistics["crowds"] == sum(entry["iscrowd"] for entry in truth["annotations"])
+    for each in statistics["classes"]:
+        of_class = [entry for entry in truth["annotations"] if entry["category_id"] == each["id"]]
+        assert each["objects"] + each["crowds"] == len(of_class)
+        assert each["images"] == len({entry["image_id"] for entry in of_class})
+
+
 def test_report_for_people(data_set, fresh_config, capsys):
     for change in ("unknown category", "cut off JPEG", "half outside"):
         CASES[change][0](data_set)
