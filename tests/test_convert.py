@@ -269,6 +269,19 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
         np.testing.assert_allclose(masks, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_pyramid_and_proposals_of_detectron2_are_taken_level_by_level(tmp_path):
+    arrays = foreign.detector_shapes(masks=False).arrays()
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "out.npz")
+    values = checkpoint.read(tmp_path / "out.npz")
+    theirs = {f"fpn/posthoc_3x3_p{i}": f"backbone.fpn_output{i}" for i in (2, 3, 4, 5)}
+    theirs |= {f"fpn/lateral_1x1_c{i}": f"backbone.fpn_lateral{i}" for i in (2, 3, 4, 5)}
+    names = {"conv0": "conv", "class": "objectness_logits", "box": "anchor_deltas"}
+    theirs |= {f"rpn/{ours}": f"proposal_generator.rpn_head.{name}" for ours, name in names.items()}
+    for ours, name in theirs.items():
+        np.testing.assert_array_equal(values[f"{ours}/W"].transpose(3, 2, 0, 1), arrays[f"{name}.weight"])
+        np.testing.assert_array_equal(values[f"{ours}/b"], arrays[f"{name}.bias"])
+
+
 def check_box_outputs(logits, deltas, probabilities, their_deltas):
     """Ours have the background first; theirs last, and no box of it."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
