@@ -425,13 +425,25 @@ def test_backbones_go_back_to_torchvision(tmp_path):
         np.testing.assert_array_equal(again[name], x, err_msg=name)
 
 
-def test_what_torchvision_computes_otherwise_is_not_written(tmp_path):
-    run_convert(write_pickle(tmp_path / "source.pkl", foreign.detector_shapes().arrays()), tmp_path / "first.npz")
-    with pytest.raises(
-        UserError, match="no counterpart of models with CONVENTIONS=detectron2, BACKBONE.STRIDE_1X1=True"
-    ):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_torchvision_computes_otherwise_is_not_written(variant, tmp_path):
+    arrays = foreign.detector_shapes(**VARIANTS[variant]).arrays()
+    run_convert(write_pickle(tmp_path / "source.pkl", arrays), tmp_path / "first.npz")
+    with pytest.raises(UserError, match="no counterpart of models with CONVENTIONS=detectron2, "):
         run_convert(tmp_path / "first.npz", tmp_path / "second.pth", "--to", "torchvision")
     assert not (tmp_path / "second.pth").exists()
+
+
+def test_group_norm_and_unknown_heads_are_not_written_or_read(tmp_path):
+    """What has no place on the other side is named."""
+    source = write_detectron(tmp_path / "gn.pkl", foreign.resnet_shapes(foreign.GroupNormDetectronNames()).arrays())
+    run_convert(source, tmp_path / "gn.npz", "--set", "PREPROC.PIXEL_STD=[58.395,57.12,57.375]")
+    with pytest.raises(UserError, match="lacks .* variables, first conv0/bn/gamma"):
+        run_convert(tmp_path / "gn.npz", tmp_path / "gn.pth", "--to", "torchvision")
+    arrays = small_torchvision_detector()
+    arrays = {name: x for name, x in arrays.items() if not name.startswith("roi_heads.box_predictor")}
+    with pytest.raises(UserError, match="lacks 4 arrays, first roi_heads.box_predictor.cls_score.weight"):
+        run_convert(write_pth(tmp_path / "source.pth", arrays), tmp_path / "out.npz")
 
 
 # ------------------------------------------------------------------------------------------------ reading files
