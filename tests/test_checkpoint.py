@@ -15,6 +15,7 @@ from tensorpack.compat import tfv1
 
 import checkpoint
 from checkpoint import CheckpointError, CheckpointMismatch
+from config import Config, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -311,3 +312,44 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
         with pytest.raises(CheckpointMismatch, match="not finite: 1 variables, first conv0/W"):
             checkpoint.load(tmp_path / "bad.npz", session, check=checkpoint.check_complete)
+
+
+# ------------------------------------------------------------------------------------------- settings in the file
+
+
+def test_settings_travel_in_the_file(tmp_path):
+    settings = {"MODE_FPN": True, "PREPROC.PIXEL_STD": [1.0, 1.0, 1.0]}
+    with open(tmp_path / "converted.npz", "wb") as file:
+        checkpoint.write_npz(file, {"conv0/W": np.ones(3)}, settings)
+    assert checkpoint.carried_settings(tmp_path / "converted.npz") == settings
+    assert list(checkpoint.read(tmp_path / "converted.npz")) == ["conv0/W"]
+
+
+def test_other_files_carry_no_settings(run):
+    np.savez(run / "zoo.npz", **{"conv0/W": np.ones(3)})
+    assert checkpoint.carried_settings(run / "zoo.npz") == {}
+    assert checkpoint.carried_settings(run / "model-500") == {}
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[1, 2]", "3"])
+def test_settings_that_are_none(content, tmp_path):
+    np.savez(tmp_path / "odd.npz", config=np.array(content))
+    with pytest.raises(CheckpointMismatch, match="odd.npz can't be read"):
+        checkpoint.carried_settings(tmp_path / "odd.npz")
+
+
+def test_settings_in_a_file_that_is_no_archive(tmp_path):
+    (tmp_path / "broken.npz").write_bytes(b"PK cut off")
+    with pytest.raises(CheckpointMismatch, match="broken.npz can't be read"):
+        checkpoint.carried_settings(tmp_path / "broken.npz")
+
+
+def test_the_settings_in_the_file_are_loaded_and_flags_checked(tmp_path, caplog):
+    with open(tmp_path / "converted.npz", "wb") as file:
+        checkpoint.write_npz(file, {}, {"MODE_FPN": True, "BACKBONE.STRIDE_1X1": True})
+    loaded = Config()
+    checkpoint.load_config(tmp_path / "converted.npz", loaded, overrides=["MODE_MASK=False"])
+    assert (loaded.MODE_FPN, loaded.MODE_MASK, loaded.BACKBONE.STRIDE_1X1) == (True, False, True)
+    assert not caplog.records  # the settings are known
+    with pytest.raises(ConfigError, match="was trained otherwise than with BACKBONE.STRIDE_1X1=False"):
+        checkpoint.load_config(tmp_path / "converted.npz", Config(), overrides=["BACKBONE.STRIDE_1X1=False"])

@@ -653,6 +653,7 @@ def test_all_problems_are_told_at_once():
             "RPN.TEST_PER_LEVEL_NMS_TOPK has no effect with FPN.PROPOSAL_MODE=Joint",
         ),
         (["CASCADE.IOUS=[0.4,0.5,0.6]"], "CASCADE.IOUS has no effect with FPN.CASCADE=False"),
+        (["BACKBONE.NAME=resnet_basic", "BACKBONE.STRIDE_1X1=True"], "BACKBONE.STRIDE_1X1 has no effect with BACKBONE"),
         (["MODE_MASK=False", "MRCNN.HEAD_DIM=64"], "MRCNN.HEAD_DIM has no effect with MODE_MASK=False"),
         (["PREPROC.TRAIN_CROP_SCALE=[1,2]"], "PREPROC.TRAIN_CROP_SCALE has no effect with PREPROC.TRAIN_CROP_SIZE=0"),
         (

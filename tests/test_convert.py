@@ -269,6 +269,19 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
         np.testing.assert_allclose(masks, expected, atol=1e-4 * np.abs(expected).max())
 
 
+def test_pyramid_and_proposals_of_detectron2_are_taken_level_by_level(tmp_path):
+    arrays = foreign.detector_shapes(masks=False).arrays()
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "out.npz")
+    values = checkpoint.read(tmp_path / "out.npz")
+    theirs = {f"fpn/posthoc_3x3_p{i}": f"backbone.fpn_output{i}" for i in (2, 3, 4, 5)}
+    theirs |= {f"fpn/lateral_1x1_c{i}": f"backbone.fpn_lateral{i}" for i in (2, 3, 4, 5)}
+    names = {"conv0": "conv", "class": "objectness_logits", "box": "anchor_deltas"}
+    theirs |= {f"rpn/{ours}": f"proposal_generator.rpn_head.{name}" for ours, name in names.items()}
+    for ours, name in theirs.items():
+        np.testing.assert_array_equal(values[f"{ours}/W"].transpose(3, 2, 0, 1), arrays[f"{name}.weight"])
+        np.testing.assert_array_equal(values[f"{ours}/b"], arrays[f"{name}.bias"])
+
+
 def check_box_outputs(logits, deltas, probabilities, their_deltas):
     """Ours have the background first; theirs last, and no box of it."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -412,13 +425,25 @@ def test_backbones_go_back_to_torchvision(tmp_path):
         np.testing.assert_array_equal(again[name], x, err_msg=name)
 
 
-def test_what_torchvision_computes_otherwise_is_not_written(tmp_path):
-    run_convert(write_pickle(tmp_path / "source.pkl", foreign.detector_shapes().arrays()), tmp_path / "first.npz")
-    with pytest.raises(
-        UserError, match="no counterpart of models with CONVENTIONS=detectron2, BACKBONE.STRIDE_1X1=True"
-    ):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_torchvision_computes_otherwise_is_not_written(variant, tmp_path):
+    arrays = foreign.detector_shapes(**VARIANTS[variant]).arrays()
+    run_convert(write_pickle(tmp_path / "source.pkl", arrays), tmp_path / "first.npz")
+    with pytest.raises(UserError, match="no counterpart of models with CONVENTIONS=detectron2, "):
         run_convert(tmp_path / "first.npz", tmp_path / "second.pth", "--to", "torchvision")
     assert not (tmp_path / "second.pth").exists()
+
+
+def test_group_norm_and_unknown_heads_are_not_written_or_read(tmp_path):
+    """What has no place on the other side is named."""
+    source = write_detectron(tmp_path / "gn.pkl", foreign.resnet_shapes(foreign.GroupNormDetectronNames()).arrays())
+    run_convert(source, tmp_path / "gn.npz", "--set", "PREPROC.PIXEL_STD=[58.395,57.12,57.375]")
+    with pytest.raises(UserError, match="lacks .* variables, first conv0/bn/gamma"):
+        run_convert(tmp_path / "gn.npz", tmp_path / "gn.pth", "--to", "torchvision")
+    arrays = small_torchvision_detector()
+    arrays = {name: x for name, x in arrays.items() if not name.startswith("roi_heads.box_predictor")}
+    with pytest.raises(UserError, match="lacks 4 arrays, first roi_heads.box_predictor.cls_score.weight"):
+        run_convert(write_pth(tmp_path / "source.pth", arrays), tmp_path / "out.npz")
 
 
 # ------------------------------------------------------------------------------------------------ reading files

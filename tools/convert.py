@@ -100,7 +100,9 @@ def import_weights(arguments):
     print(f"Left over: {', '.join(leftover) or 'nothing'}; no weights, or folded: {len(model.ignored)}")
     _write(arguments.output, lambda file: checkpoint.write_npz(file, values, settings))
     print(f"{arguments.output}: {len(values)} variables, SHA-256 {_sha256(arguments.output)}")
-    print(f"It carries the settings that it needs:\n  --config {as_overrides(settings)}")
+    line = as_overrides({key: value for key, value in settings.items() if key != "DATA.CLASS_NAMES"})
+    names = f" and the names of {settings['DATA.NUM_CATEGORY']} classes" if "DATA.CLASS_NAMES" in settings else ""
+    print(f"It carries the settings that it needs{names}:\n  --config {line}")
 
 
 def recognise(arrays, **options):
@@ -144,8 +146,11 @@ def _with_overrides(settings, overrides):
 
 
 def _sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write(path, write):

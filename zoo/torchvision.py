@@ -11,8 +11,6 @@ from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, MappingError, Model,
 
 BODY = "backbone.body."  # of a detector
 NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
-
-
 # The published weights on COCO, by the beginning of their SHA-256; their batch norm has no epsilon.
 COCO_V1 = {"258fb6c6": "fasterrcnn_resnet50_fpn", "bf2d0c1e": "maskrcnn_resnet50_fpn"}
 # What names were before torchvision 0.11, and in the published files.
@@ -164,7 +162,7 @@ def class_slots(num_slots, *, all_slots=False):
 
 def _detector(arrays, *, sha256, all_slots):
     name, num_blocks, num_convolutions = _shapes(arrays, BODY)
-    num_slots = len(arrays["roi_heads.box_predictor.cls_score.bias"])
+    num_slots = len(arrays.get("roi_heads.box_predictor.cls_score.bias", ()))
     slots = class_slots(num_slots, all_slots=all_slots)
     masks = any(name.startswith("roi_heads.mask_predictor.") for name in arrays)
     pairs = detector_pairs(num_blocks, num_convolutions, num_slots=num_slots, slots=slots, masks=masks)
@@ -195,6 +193,7 @@ def detector_settings(name, num_blocks, *, masks, epsilon):
         "CONVENTIONS": "torchvision",
         "MODE_FPN": True,
         "MODE_MASK": masks,
+        "FPN.CASCADE": False,
         **_backbone_settings(name, num_blocks, epsilon=epsilon),
         "RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512],
         "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0],
@@ -239,7 +238,7 @@ def counterpart(values, settings):
     if not is_detector:
         pairs = backbone_pairs(num_blocks, num_convolutions) + (layer("linear", "fc") if "linear/W" in values else [])
         return Model("torchvision's ResNet or ResNeXt", pairs, needed)
-    num_classes = len(values["fastrcnn/outputs/class/b"]) - 1
+    num_classes = len(values.get("fastrcnn/outputs/class/b", [0])) - 1
     num_slots = coco.LAST_ID + 1 if settings.DATA.CLASS_NAMES[1:] == coco.NAMES else num_classes + 1
     options = dict(
         num_slots=num_slots, slots=class_slots(num_slots, all_slots=num_classes + 1 == num_slots), masks=masks
