@@ -294,6 +294,7 @@ def run_state(run, schedule):
         "ranks": run.ranks.size,
         "images of DATA.TRAIN": len(run.records),
         "TRAIN.SEED": config.TRAIN.SEED,
+        "DATA.REPEAT_THRESHOLD": config.DATA.REPEAT_THRESHOLD,
     }
 
 
