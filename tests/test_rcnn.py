@@ -134,7 +134,7 @@ class InferenceGraph:
         self._session = tfv1.Session(config=rcnn.session_config())
         self.shapes = load_synthetic(self._session)
         self.predict = inference.bind(self._session)
-        self._proposals, self._inputs = made[0], inference._inputs
+        self._proposals, self._inputs = made[0], inference.inputs
 
     def proposals(self, image, image_shape):
         return self._session.run(self._proposals, dict(zip(self._inputs, (image, image_shape))))
