@@ -73,7 +73,7 @@ def _log_table(evaluation, title):
     headers = [short for _, _, short in metrics.METRICS.values()]
     table = tabulate([cells], headers, tablefmt="simple_outline", stralign="right", disable_numparse=True)
     notes = [f"{', '.join(names)}: {reason}" for reason, names in _reasons(evaluation).items()]
-    if point := metrics.best_operating_point(evaluation):
+    if (point := metrics.best_operating_point(evaluation)) and point.f1 > 0:
         notes.append(f"highest F1: {_describe(point)}")
     logger.info("\n".join([f"{metrics.KINDS[evaluation.kind]} AP on {title}", table, *notes]))
 
