@@ -1,8 +1,8 @@
-"""Serves an exported model over HTTP with nothing but TensorFlow, in the manner of TensorFlow Serving's REST interface.
+r"""Serves an exported model over HTTP with nothing but TensorFlow, as TensorFlow Serving's REST interface does.
 
     ./predict.py --output-serving models/rcnn/1 --load train_log/run
     python examples/serve.py models/rcnn/1 --port 8501
-    curl -d "{\"signature_name\": \"encoded\", \"inputs\": {\"image_bytes\": [{\"b64\": \"$(base64 -w0 a.jpg)\"}]}}" \\
+    curl -d "{\"signature_name\": \"encoded\", \"inputs\": {\"image_bytes\": [{\"b64\": \"$(base64 -w0 a.jpg)\"}]}}" \
         localhost:8501/v1/models/rcnn:predict
 
 The answer is {"outputs": {name: list}}, with masks as PNG files in base64: see export.py. TensorFlow Serving itself

@@ -88,7 +88,7 @@ def images():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n == "boxes" else ()) for n in MODELS])
 def test_a_process_with_tensorflow_alone_gets_the_program_s_results(exported, tmp_path, name):
     run, folder, output = exported(name)
     first, second = output.splitlines()[-2:]
