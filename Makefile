@@ -43,7 +43,7 @@ horovod: ## setup, and Horovod (built from source once, then from a cache)
 	@$(ENVIRONMENT) horovod
 
 bench: setup ## what takes how long, beside torchvision (installs PyTorch)
-	$(RUN) -m pip install -r requirements/bench.txt
+	$(RUN) -m pip install --quiet -r requirements/bench.txt -c requirements/constraints.txt
 	$(RUN) -m tools.benchmark --vs torchvision --precision float32 bfloat16 $(ARGS)
 
 lock: dev ## renew requirements/constraints.txt (a new name first: a failure leaves the old file)

@@ -123,7 +123,8 @@ def load_config(path, config, overrides=()):
         ConfigError: they contradict what a converted checkpoint says that its weights need
     """
     carried = carried_settings(path)
-    if config_file := find_config(path):
+    config_file = None if carried else find_config(path)  # a file that happens to lie beside converted weights
+    if config_file:
         config.load(config_file)
     elif not carried:
         logger.warning(f"no {CONFIG_FILE} beside {path}: the settings are the defaults and those given here")

@@ -176,9 +176,16 @@ OF_WEIGHTS = (
     "BACKBONE.TF_PAD_MODE",
     "PREPROC.PIXEL_MEAN",
     "PREPROC.PIXEL_STD",
+    "RPN.ANCHOR_SIZES",
+    "RPN.ANCHOR_RATIOS",
+    "FRCNN.BBOX_REG_WEIGHTS",
+    "CASCADE.BBOX_REG_WEIGHTS",
 )
 # Keys, and beginnings of keys, that a user may set otherwise than the weights say: what they change is meant.
-ADAPTABLE = ("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE")
+ADAPTABLE = (
+    *("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "RPN.ANCHOR_SIZES", "RPN.ANCHOR_RATIOS"),
+    *("PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE"),
+)
 
 
 def as_overrides(settings):
@@ -451,6 +458,7 @@ CHOICES = {
     "BACKBONE.NAME": ("resnet", "resnet_basic", "resnext_32x4d", "resnext_32x8d", "resnext_64x4d"),
     "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
+    "TRAIN.STARTING_EPOCH": (1,),  # --resume knows where to go on
     "TRAIN.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
@@ -545,6 +553,8 @@ def _contradictions(c):
         yield "RPN.ANCHOR_SIZES must be one size for each of FPN.ANCHOR_STRIDES where MODE_FPN=True"
     if not c.MODE_FPN and rpn.ANCHOR_STRIDE != 16:
         yield "RPN.ANCHOR_STRIDE must be 16, the stride of the C4 map, where MODE_FPN=False"
+    if c.TEST.SOFT_NMS != "None" and (c.TEST.TTA_FLIP or c.TEST.TTA_SCALES != (1.0,)):
+        yield "TEST.SOFT_NMS and test-time augmentation (TEST.TTA_FLIP, TEST.TTA_SCALES) don't go together: choose one"
     if not c.TEST.TTA_SCALES:
         yield "TEST.TTA_SCALES must be one scale at least"
     if not (rpn.ANCHOR_SIZES and rpn.ANCHOR_RATIOS):

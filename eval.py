@@ -534,8 +534,11 @@ class EvalCallback(Callback):
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
         try:
             values = evaluate_dataset(self._predict, dataset, output=output, **self._options)
-        except OSError as error:  # a full disk, say: the training goes on
-            logger.warning(f"{dataset.name} could not be evaluated, its results can't be written: {error.strerror}")
+        except (OSError, EvaluationError) as error:  # a full disk, say: the training goes on
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            logger.warning(f"{dataset.name} could not be evaluated, its results can't be written: {cause.strerror}")
             return None
         for name, value in (values or {}).items():
             if not math.isnan(value):  # not a number of any monitor's format; the log has said why

@@ -164,7 +164,10 @@ def compare_with_truth(predict, dataset, count):
         predict: see eval.py. dataset: a Dataset.
     """
     for record in itertools.islice(dataset.records(training=False), count):
-        image = data.load_image(record.path)
+        try:
+            image = data.load_record_image(record)
+        except data.ImageError:
+            continue  # the evaluation has named it
         (found,) = predict_images(predict, [image])
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
         left = viz.draw_detections(image, found, dataset.class_names, score_threshold=threshold)

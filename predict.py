@@ -117,7 +117,8 @@ def predict(arguments, checkpoint_path):
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
-    config.TEST.RESULT_SCORE_THRESH = threshold  # nothing is computed that will not be shown
+    if not (config.TEST.TTA_FLIP or config.TEST.TTA_SCALES != (1.0,)):  # whose views are merged first
+        config.TEST.RESULT_SCORE_THRESH = threshold  # nothing is computed that will not be shown
     freeze_config(class_names())
     labels = labels_of(arguments.classes)
     suffixes = data.VIDEO_SUFFIXES if arguments.video else data.IMAGE_SUFFIXES
@@ -190,6 +191,8 @@ def visualize(arguments, checkpoint_path):
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
+    if config.TEST.TTA_FLIP or config.TEST.TTA_SCALES != (1.0,):
+        raise UserError("--visualize shows the stages of one view: give TEST.TTA_FLIP=False and TEST.TTA_SCALES=[1.0]")
     names = class_names()
     inputs = find_visualized(arguments.visualize)
     freeze_config(names)

@@ -96,11 +96,12 @@ def _reduction_error(projections, reduced):
     """
     expected, scale = tf.unstack(tf.reduce_mean(projections, axis=0))
     difference = tf.abs(_projections(reduced)[0] - expected)
-    return tf.where(difference <= GRADIENT_TOLERANCE * scale, tf.zeros_like(scale), difference / scale)
+    is_near = tf.math.is_finite(scale) & (difference <= GRADIENT_TOLERANCE * scale)
+    return tf.where(is_near, tf.zeros_like(scale), difference / scale)
 
 
 class GradientCheck(Callback):
-    """In the first step, compares the reduced gradient with the replicas' own. NaN is no fault of the sum."""
+    """In the first step with finite gradients, compares the reduced gradient with the replicas' own."""
 
     _chief_only = False
 
@@ -113,6 +114,8 @@ class GradientCheck(Callback):
     def _after_run(self, _, run_values):
         if self._error is None:
             return
+        if not np.isfinite(run_values.results).all():
+            return  # the next step will tell
         self._error = None
         wrong = np.flatnonzero(run_values.results > 0)
         if len(wrong):

@@ -129,22 +129,22 @@ class LossScaledOptimizer(ProxyOptimizer):
 
     def __init__(self, optimizer):
         super().__init__(optimizer, "LossScaled")
-        self._scale = None
+        self._scale = self._used_scale = None
 
     def compute_gradients(self, loss, *args, **kwargs):
         """The gradients of `loss`, with infinities where they overflowed."""
         if self._scale is None:  # of several towers, which share it, the first
             with tf.control_dependencies(None):
-                self._scale = tfv1.Variable(FIRST_SCALE, name="loss_scale", trainable=False)
-                self._good_steps = tfv1.Variable(0, name="loss_scale_good_steps", trainable=False)
+                self._scale = tfv1.get_variable("loss_scale", initializer=FIRST_SCALE, trainable=False)
+                self._good_steps = tfv1.get_variable("loss_scale_good_steps", initializer=0, trainable=False)
                 self._is_adapted = False
-        scale = self._scale.read_value()
+        self._used_scale = scale = self._scale.read_value()
         scaled = self._opt.compute_gradients(loss * scale, *args, **kwargs)
         return [(gradient if gradient is None else gradient / scale, variable) for gradient, variable in scaled]
 
     def forgive(self, norm):
         """A gradient's norm, 0 where it overflowed: no divergence as long as there is a smaller scale to try."""
-        return tf.where(tf.math.is_finite(norm) | (self._scale <= 1.0), norm, 0.0)
+        return tf.where(tf.math.is_finite(norm) | (self._used_scale <= 1.0), norm, 0.0)
 
     def apply_gradients(self, grads_and_vars, *args, **kwargs):
         grads_and_vars = [(gradient, variable) for gradient, variable in grads_and_vars if gradient is not None]

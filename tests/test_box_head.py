@@ -304,7 +304,13 @@ def test_metrics_by_hand():
         np.int64(labels),
         is_valid,
     )
-    expected = {"num_foreground": 1.5, "accuracy": 2 / 5, "foreground_accuracy": 1 / 3, "missed": 1 / 3}
+    expected = {
+        "num_rois": 2.5,
+        "num_foreground": 1.5,
+        "accuracy": 2 / 5,
+        "foreground_accuracy": 1 / 3,
+        "missed": 1 / 3,
+    }
     assert metrics == pytest.approx(expected)
 
 

@@ -159,7 +159,7 @@ def save_random_weights(path, images, candidates):
 
     multiple = rcnn.FPN_STRIDE if config.MODE_FPN else 1
     image, image_shape = pad_images(images[:1], multiple=multiple)
-    with tf.Graph().as_default() as graph, tfv1.Session() as session:
+    with tf.Graph().as_default() as graph, tfv1.Session(config=rcnn.session_config()) as session:
         rcnn.Inference()
         session.run(tfv1.global_variables_initializer())
         weights = session.run(checkpoint.model_variables())
@@ -181,10 +181,9 @@ def prepare_data(case):
 
     config.DATA.NUM_WORKERS = 0
     config.freeze()
-    names = [config.DATA.TRAIN] if isinstance(config.DATA.TRAIN, str) else config.DATA.TRAIN
     records = [
         record
-        for one in get_datasets(names, config.DATA.BASEDIR)
+        for one in get_datasets(config.DATA.TRAIN, config.DATA.BASEDIR)
         for record in one.records(training=True, masks=config.MODE_MASK)
     ]
     batches = iter(data.training_data(records))
@@ -375,6 +374,8 @@ def main(arguments):
     size = tuple(int(edge) for edge in arguments.size.split("x"))
     if len(size) != 2 or min(size) < 32:
         raise UserError(f"--size {arguments.size}: give HEIGHTxWIDTH in pixels, 32 at least")
+    if arguments.vs and "float16" in arguments.precision:
+        raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
         if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):

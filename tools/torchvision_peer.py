@@ -5,6 +5,11 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from config import UserError
+
+if torch.cuda.is_available():
+    raise UserError("this comparison is made on the CPU: set CUDA_VISIBLE_DEVICES= (empty)")
+
 
 def make_model(case, **options):
     """Stem and first stage frozen, frozen batch norm, our number of classes and our settings of the RPN."""
