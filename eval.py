@@ -83,7 +83,9 @@ class Predictor:
     of different settings can live in one process, as settings are read when the Predictor is made, not when it is used.
 
     Attributes:
-        class_names: tuple of str, C long. geometry: data.Geometry, the size at which the network sees images.
+        class_names: tuple of str, C long.
+        category_ids: tuple of int, those of the training data, or 1..C where they are not known.
+        geometry: data.Geometry, the size at which the network sees images.
         network: the callable `predict(image, image_shape)` at the top of this file.
     """
 
@@ -115,6 +117,7 @@ class Predictor:
 
     def _build(self, path):
         self.class_names = tuple(config.DATA.CLASS_NAMES[1:])
+        self.category_ids = config.DATA.CATEGORY_IDS or tuple(range(1, len(self.class_names) + 1))
         self.geometry = data.inference_geometry()
         self.network = load_predictor(path)
 

@@ -44,11 +44,12 @@ class Written(NamedTuple):
 class Style(NamedTuple):
     """What is kept and written of the detections.
 
-    class_names: of the labels 1..C. score_threshold: in [0, 1]. labels: set of those to keep, or None for all.
+    class_names, category_ids: of the labels 1..C. score_threshold: in [0, 1]. labels: those to keep, or None for all.
     with_json: whether a json goes with each picture or video.
     """
 
     class_names: tuple
+    category_ids: tuple
     score_threshold: float
     labels: frozenset | None = None
     with_json: bool = False
@@ -69,9 +70,10 @@ class Style(NamedTuple):
         return Counter(self.class_names[label - 1] for label in detections.labels)
 
     def results(self, image_id, detections):
-        """A list of dicts as `eval.coco_results` makes them, with `category_name`; category ids are the labels."""
-        results = coco_results(image_id, detections, range(1, len(self.class_names) + 1))
-        return [{**result, "category_name": self.class_names[result["category_id"] - 1]} for result in results]
+        """A list of dicts as `eval.coco_results` makes them, with `category_name`."""
+        results = coco_results(image_id, detections, self.category_ids)
+        names = (self.class_names[label - 1] for label in detections.labels)
+        return [{**result, "category_name": name} for result, name in zip(results, names)]
 
 
 # ---------------------------------------------------------------- images

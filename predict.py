@@ -131,7 +131,7 @@ def predict(arguments, checkpoint_path):
     from eval import Predictor
 
     predictor = Predictor.configured(checkpoint_path)
-    style = media.Style(predictor.class_names, threshold, labels, arguments.json)
+    style = media.Style(predictor.class_names, predictor.category_ids, threshold, labels, arguments.json)
     run = media.predict_videos if arguments.video else media.predict_files
     options = dict(batch_size=config.TEST.BATCH_SIZE_PER_GPU, report=report)
     written = []

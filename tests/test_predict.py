@@ -170,6 +170,7 @@ class StandIn:
     """A Predictor that finds one disc and two boxes in every image, and notes the sizes of its batches."""
 
     class_names = ("disc", "box")
+    category_ids = (3, 41)
     geometry = data.Geometry(short_edge=64, max_size=128, multiple=32)
 
     def __init__(self):
@@ -269,7 +270,7 @@ def test_json_beside_the_picture(network, checkpoint, tmp_path):
     assert mask.shape == (60, 80) and mask.sum() == 16 and mask[5:9, 5:9].all()
     assert result == {
         "image_id": str(image),
-        "category_id": 2,
+        "category_id": 41,
         "category_name": "box",
         "bbox": [1.0, 1.0, 8.0, 8.0],
         "score": 0.9,

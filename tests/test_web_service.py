@@ -54,7 +54,7 @@ def test_page_shows_what_is_found_in_a_chosen_image(service, tmp_path):
         status = browser.run("return document.getElementById('status').textContent")
         screenshot = cv2.imdecode(np.frombuffer(browser.screenshot(), np.uint8), cv2.IMREAD_COLOR)
     predictor = Predictor(model)
-    style = Style(predictor.class_names, 0.1)
+    style = Style(predictor.class_names, predictor.category_ids, 0.1)
     found = style.select(predictor([image])[0])
     assert len(found.labels) > 3 and status == f"{len(found.labels)} found"
     assert [(row[0], row[1]) for row in rows] == [
