@@ -542,6 +542,11 @@ def _all(test, value):
     return type(value) not in (int, float) or test(value)
 
 
+def uses_augmentation(c):
+    """Whether test-time augmentation is configured."""
+    return c.TEST.TTA_FLIP or set(c.TEST.TTA_SCALES) != {1.0}
+
+
 def _contradictions(c):
     """Yields a line for each demand of the keys on each other that is not met."""
     rpn, fpn, names = c.RPN, c.FPN, c.DATA.CLASS_NAMES
@@ -553,7 +558,7 @@ def _contradictions(c):
         yield "RPN.ANCHOR_SIZES must be one size for each of FPN.ANCHOR_STRIDES where MODE_FPN=True"
     if not c.MODE_FPN and rpn.ANCHOR_STRIDE != 16:
         yield "RPN.ANCHOR_STRIDE must be 16, the stride of the C4 map, where MODE_FPN=False"
-    if c.TEST.SOFT_NMS != "None" and (c.TEST.TTA_FLIP or c.TEST.TTA_SCALES != (1.0,)):
+    if c.TEST.SOFT_NMS != "None" and uses_augmentation(c):
         yield "TEST.SOFT_NMS and test-time augmentation (TEST.TTA_FLIP, TEST.TTA_SCALES) don't go together: choose one"
     if not c.TEST.TTA_SCALES:
         yield "TEST.TTA_SCALES must be one scale at least"

@@ -38,7 +38,7 @@ import metrics
 import report
 import tta
 from checkpoint import unused_path
-from config import UserError, config
+from config import UserError, config, uses_augmentation
 from metrics import EvaluationError, NonFiniteError
 from modeling import rcnn
 from ranks import Ranks
@@ -143,15 +143,15 @@ def load_predictor(checkpoint_path):
     with tf.Graph().as_default():
         inference = rcnn.Inference()
         with tf.Session(config=rcnn.session_config()) as session:
-            _, report = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
+            _, lines = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
             predict = inference.freeze(session)
-    logger.info("\n".join(report))
+    logger.info("\n".join(lines))
     return with_augmentation(predict)
 
 
 def with_augmentation(predict):
     """`predict`, or what the settings of test-time augmentation make of it: see tta.py."""
-    if not uses_augmentation():
+    if not uses_augmentation(config):
         return predict
     _, multiple = data.network_geometry()
     return tta.augmented(
@@ -162,11 +162,6 @@ def with_augmentation(predict):
         iou_threshold=config.TEST.FRCNN_NMS_THRESH,
         max_per_image=config.TEST.RESULTS_PER_IM,
     )
-
-
-def uses_augmentation():
-    """Whether test-time augmentation is configured."""
-    return config.TEST.TTA_FLIP or set(config.TEST.TTA_SCALES) != {1.0}
 
 
 def predict_images(predict, images, *, geometry=None):

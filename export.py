@@ -28,8 +28,8 @@ import tensorflow as tf
 
 import checkpoint
 import data
-from config import UserError
-from eval import ImageDetections, uses_augmentation
+from config import UserError, config, uses_augmentation
+from eval import ImageDetections
 from modeling import image_ops, rcnn
 
 tfv1 = tf.compat.v1
@@ -201,7 +201,7 @@ def export(predictor, checkpoint_path, image, *, format_name, saved_model=None, 
         ExportError: the results differ by more than the tolerances. UserError: a path exists or cannot be written, or
             test-time augmentation is configured, which is not part of the graph.
     """
-    if uses_augmentation():
+    if uses_augmentation(config):
         raise UserError("test-time augmentation is not exported: set TEST.TTA_FLIP=False and TEST.TTA_SCALES=[1.0]")
     kind = FORMATS[format_name](predictor.geometry, predictor.class_names)
     expected, lines = kind.expected(predictor, image), []

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import viz
-from config import UserError, config
+from config import UserError, config, uses_augmentation
 from dataset import class_difference, get_datasets, shapes, short_names
 
 
@@ -117,7 +117,7 @@ def predict(arguments, checkpoint_path):
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
-    if not (config.TEST.TTA_FLIP or config.TEST.TTA_SCALES != (1.0,)):  # whose views are merged first
+    if not uses_augmentation(config):  # whose views are merged first
         config.TEST.RESULT_SCORE_THRESH = threshold  # nothing is computed that will not be shown
     freeze_config(class_names())
     labels = labels_of(arguments.classes)
@@ -191,7 +191,7 @@ def visualize(arguments, checkpoint_path):
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
-    if config.TEST.TTA_FLIP or config.TEST.TTA_SCALES != (1.0,):
+    if uses_augmentation(config):
         raise UserError("--visualize shows the stages of one view: give TEST.TTA_FLIP=False and TEST.TTA_SCALES=[1.0]")
     names = class_names()
     inputs = find_visualized(arguments.visualize)

@@ -91,13 +91,17 @@ def _projections(grads_and_vars):
 def _reduction_error(projections, reduced):
     """How far the reduced gradients are from the mean of the replicas', in units of the mean norm: float32 [V].
 
+    NaN where the replicas' own are not finite: there is nothing to compare with.
+    Infinite where only the reduced is not.
+
     Args:
         projections: float32 [replicas, 2, V], of every replica's own gradients. reduced: list of (gradient, variable).
     """
     expected, scale = tf.unstack(tf.reduce_mean(projections, axis=0))
     difference = tf.abs(_projections(reduced)[0] - expected)
-    is_near = tf.math.is_finite(scale) & (difference <= GRADIENT_TOLERANCE * scale)
-    return tf.where(is_near, tf.zeros_like(scale), difference / scale)
+    error = tf.where(difference <= GRADIENT_TOLERANCE * scale, tf.zeros_like(scale), difference / scale)
+    error = tf.where(tf.math.is_nan(difference), np.inf, error)
+    return tf.where(tf.math.is_finite(scale), error, np.nan)
 
 
 class GradientCheck(Callback):
@@ -114,7 +118,7 @@ class GradientCheck(Callback):
     def _after_run(self, _, run_values):
         if self._error is None:
             return
-        if not np.isfinite(run_values.results).all():
+        if np.isnan(run_values.results).any():
             return  # the next step will tell
         self._error = None
         wrong = np.flatnonzero(run_values.results > 0)

@@ -158,12 +158,9 @@ def box_metrics(class_logits, rois):
     predicted = tf.reshape(tf.argmax(class_logits, axis=1), tf.shape(rois.labels))
     is_right = tf.equal(predicted, rois.labels)
 
-    num_rois, num_foreground = (
-        tf.reduce_mean(tf.reduce_sum(tf.cast(x, tf.float32), axis=1)) for x in (rois.is_valid, rois.is_foreground)
-    )
     return {
-        "num_rois": num_rois,
-        "num_foreground": num_foreground,
+        "num_rois": box_ops.mean_count(rois.is_valid),
+        "num_foreground": box_ops.mean_count(rois.is_foreground),
         "accuracy": box_ops.share(is_right, rois.is_valid),
         "foreground_accuracy": box_ops.share(is_right, rois.is_foreground),
         "missed": box_ops.share(tf.equal(predicted, 0), rois.is_foreground),

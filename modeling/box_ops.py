@@ -158,6 +158,11 @@ def _count(mask):
     return tf.reduce_sum(tf.cast(mask, tf.int32), axis=1, keepdims=True)
 
 
+def mean_count(mask):
+    """Number of true entries per row of bool [N, A], the mean over rows: a float32 scalar."""
+    return tf.reduce_mean(tf.reduce_sum(tf.cast(mask, tf.float32), axis=1))
+
+
 def share(part, whole):
     """The share of the true entries of bool `whole` that are true in `part`, of the same shape: a scalar, 0 of none."""
     count = tf.reduce_sum(tf.cast(whole, tf.float32))

@@ -173,14 +173,10 @@ def rpn_metrics(logits, picked):
     correct = tf.equal(positive, picked.is_foreground) & picked.is_valid
     found = positive & picked.is_foreground
     return {
-        "rpn/num_foreground": _mean_count(picked.is_foreground),
+        "rpn/num_foreground": box_ops.mean_count(picked.is_foreground),
         "rpn/accuracy": box_ops.share(correct, picked.is_valid),
         "rpn/recall": box_ops.share(found, picked.is_foreground),
     }
-
-
-def _mean_count(mask):
-    return tf.reduce_mean(tf.reduce_sum(tf.cast(mask, tf.float32), axis=1))
 
 
 def propose(

@@ -4,6 +4,7 @@ import numpy as np
 import tensorflow as tf
 
 import boxes as np_boxes
+from modeling.box_head import Detections
 
 tfv1 = tf.compat.v1
 
@@ -45,6 +46,18 @@ def _random_values(rng):
 def variables():
     """The variables of the graph by name, to be evaluated beside a function's outputs."""
     return {variable.op.name: variable for variable in tfv1.global_variables()}
+
+
+def found(*rows, masks=None):
+    """What a network returns (see the top of eval.py), from rows of (box, score, label, image)."""
+    box, score, label, image = zip(*rows) if rows else ((), (), (), ())
+    return Detections(
+        np.array(box, np.float32).reshape(-1, 4),
+        np.array(score, np.float32),
+        np.array(label, np.int64),
+        np.array(image, np.int32),
+        masks,
+    )
 
 
 def random_boxes(rng, *shape, low=0.0, high=100.0, size=30.0):

@@ -5,13 +5,13 @@ import math
 import re
 import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import tensorflow.compat.v1 as tf
+from helpers import found
 from tensorpack import ModelDesc, SimpleTrainer, TrainConfig, launch_train_with_config
 from tensorpack.callbacks import MonitorBase
 from tensorpack.dataflow import DataFromList
@@ -23,28 +23,6 @@ from config import Config
 from dataset import CocoDataset
 from eval import EvaluationError, ImageDetections, NonFiniteError, ResultsFile
 from ranks import Ranks
-
-
-class Found(NamedTuple):
-    """What a network returns: see the top of eval.py."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    image_index: np.ndarray
-    masks: np.ndarray | None = None
-
-
-def found(*rows, masks=None):
-    """From rows of (box, score, label, image)."""
-    box, score, label, image = zip(*rows) if rows else ((), (), (), ())
-    return Found(
-        np.array(box, np.float32).reshape(-1, 4),
-        np.array(score, np.float32),
-        np.array(label, np.int64),
-        np.array(image, np.int32),
-        masks,
-    )
 
 
 @pytest.fixture

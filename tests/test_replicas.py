@@ -93,6 +93,8 @@ def check_sync_bn(expected, outputs, gradients, averages):
         (lambda a, b: a, False),  # only one replica's
         (lambda a, b: a + b, False),  # the sum
         (lambda a, b: (a + b) / 2 + 0.02 * np.abs(a).mean() * np.ones_like(a), False),
+        (lambda a, b: np.full_like(a, np.inf), False),
+        (lambda a, b: np.full_like(a, np.nan), False),
     ],
 )
 def test_gradient_check_sees_a_wrong_mean(reduced, is_right):
@@ -106,6 +108,14 @@ def test_gradient_check_sees_a_wrong_mean(reduced, is_right):
         projections = tf.stack([replicas._projections(gradients) for gradients in local])
         error = session.run(replicas._reduction_error(projections, means))
     assert not error.any() if is_right else error[0] > 0.01
+
+
+def test_gradient_check_waits_while_a_replica_s_own_gradient_is_not_finite():
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        local = [[(tf.constant([1.0, own]), None)] for own in (2.0, np.inf)]
+        projections = tf.stack([replicas._projections(gradients) for gradients in local])
+        error = session.run(replicas._reduction_error(projections, [(tf.constant([1.0, np.inf]), None)]))
+    assert np.isnan(error).all()
 
 
 # ---------------------------------------------------------------- two ranks of Horovod

@@ -1,33 +1,12 @@
 """Test-time augmentation: what is seen in each view comes back to its place in the image, and is merged."""
 
-from typing import NamedTuple
-
 import cv2
 import numpy as np
 import pytest
+from helpers import found
 
 import boxes as np_boxes
 import tta
-
-
-class Found(NamedTuple):
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    image_index: np.ndarray
-    masks: np.ndarray | None = None
-
-
-def found(*rows, masks=None):
-    """From rows of (box, score, label, image)."""
-    box, score, label, image = zip(*rows) if rows else ((), (), (), ())
-    return Found(
-        np.array(box, np.float32).reshape(-1, 4),
-        np.array(score, np.float32),
-        np.array(label, np.int64),
-        np.array(image, np.int32),
-        masks,
-    )
 
 
 def bright_rectangle(image, image_shape, *, min_side=0):

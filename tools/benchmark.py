@@ -29,9 +29,8 @@ import numpy as np
 from tabulate import tabulate
 
 from config import UserError, config
-from data import pad_images
+from data import network_geometry, pad_images
 
-PARTS = ("data", "training", "inference", "paste", "paste-full")
 SIDES = ("this", "torchvision")
 COMPARED = ("training", "inference")  # parts that torchvision has, too
 CLASSES = 80
@@ -44,7 +43,7 @@ class Case(NamedTuple):
     """One thing to measure."""
 
     side: str  # of SIDES
-    part: str  # of PARTS
+    part: str  # of PREPARE
     precision: str
     batch: int  # images
     size: tuple  # height, width in pixels
@@ -113,15 +112,13 @@ def prepare_training(case):
     graph = tfv1.get_default_graph()
     counted = {name: graph.get_tensor_by_name(f"fastrcnn/{name}:0") for name in ("num_rois", "num_foreground")}
     work = {name: float(value) for name, value in session.run(counted, feed).items()}
-    return (lambda **options: session.run([step, cost], feed, **options)), work
+    return (lambda: session.run([step, cost], feed)), work
 
 
 def training_batch(case):
     """The batch as the training graph takes it."""
-    from modeling import rcnn
-
     made = synthetic_batch(case)
-    multiple = rcnn.FPN_STRIDE if config.MODE_FPN else 1
+    _, multiple = network_geometry()
     image, image_shape = pad_images(list(made["image"]), multiple=multiple)
     masks = np.zeros((case.batch, OBJECTS, *image.shape[1:3]), bool)
     masks[:, :, : case.size[0], : case.size[1]] = made["gt_masks"]
@@ -157,7 +154,7 @@ def save_random_weights(path, images, candidates):
     import checkpoint
     from modeling import rcnn
 
-    multiple = rcnn.FPN_STRIDE if config.MODE_FPN else 1
+    _, multiple = network_geometry()
     image, image_shape = pad_images(images[:1], multiple=multiple)
     with tf.Graph().as_default() as graph, tfv1.Session(config=rcnn.session_config()) as session:
         rcnn.Inference()
@@ -358,7 +355,7 @@ def convolution_rate(precision, *, repeat=5):
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["training", "inference", "paste", "paste-full"])
+    parser.add_argument("--parts", nargs="+", choices=PREPARE, default=["training", "inference", "paste", "paste-full"])
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
     parser.add_argument("--size", default="800x1202", metavar="HEIGHTxWIDTH", help="of the images (%(default)s)")
