@@ -385,11 +385,12 @@ def save(write, directory, step, state):
     return prefix
 
 
-def unused_path(path):
-    """The path, or the first of NAME-1.EXT, NAME-2.EXT, ... that does not exist."""
+def unused_path(path, *, suffixes=()):
+    """The path, or the first of NAME-1.EXT, NAME-2.EXT, ... that does not exist, nor do those of these suffixes."""
     path = Path(path)
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
-    return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
+    candidates = ([each, *map(each.with_suffix, suffixes)] for each in itertools.chain([path], numbered))
+    return next(each for each, *others in candidates if not any(map(Path.exists, [each, *others])))
 
 
 def write_whole(path, text):

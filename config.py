@@ -518,6 +518,7 @@ UNUSED = (
     ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
     ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
     ("PREPROC.TRAIN_CROP_SIZE=0", "PREPROC.TRAIN_CROP_SCALE"),
+    ("PREPROC.TRAIN_CROP_SIZE>0", "PREPROC.TRAIN_SHORT_EDGE_SIZE"),
     ("BACKBONE.NAME=resnet_basic", "BACKBONE.STRIDE_1X1"),
 )
 
@@ -607,6 +608,7 @@ def _unfit_for_group_norm(c):
 def _without_effect(c):
     """Yields a line for each changed key that does nothing under other settings."""
     settings = {f"{key}={value}" for key, value in c._values.items()}
+    settings |= {f"{key}>0" for key, value in c._values.items() if type(value) is int and value > 0}
     for setting, keys in UNUSED:
         if settings.issuperset(setting.split()):
             unused = [key for key in c.changes() if key.startswith(tuple(keys.split()))]

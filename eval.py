@@ -558,7 +558,7 @@ def main(arguments=None):
     parser.add_argument("--report", type=Path, metavar="DIR", help="new folder for pictures and numbers")
     arguments = parser.parse_args(arguments)
     if arguments.report:
-        report.check_folder(arguments.report)
+        report.make_folder(arguments.report)
     options = dict(per_class=arguments.per_class, report_folder=arguments.report)
     evaluate_file(arguments.results, arguments.annotations, **options)
 

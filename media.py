@@ -177,7 +177,8 @@ def predict_video(predictor, path, style, output_dir, *, batch_size):
         VideoError: it cannot be read, or no video can be written.
     """
     frames, fps, count = _open_video(path)
-    target = unused_path(Path(output_dir) / f"{Path(path).stem}-detections.mp4")
+    suffixes = [".json"] if style.with_json else []
+    target = unused_path(Path(output_dir) / f"{Path(path).stem}-detections.mp4", suffixes=suffixes)
     counts = Counter()
 
     def found():

@@ -123,12 +123,6 @@ class OperatingPoint(NamedTuple):
     f1: float
 
 
-def coco_metrics(results, annotation_file, *, image_ids=None, kinds=tuple(KINDS)):
-    """The metrics of `evaluate` for all kinds as one dict {"mAP(KIND)/NAME": value}, for each name in METRICS."""
-    evaluations = evaluate(annotation_file, results, image_ids=image_ids, kinds=kinds)
-    return {name: value for each in evaluations for name, value in each.metrics().items()}
-
-
 def evaluate(truth, results, *, image_ids=None, kinds=tuple(KINDS)):
     """Compares results with a ground truth; returns an Evaluation for each of `kinds` ("bbox", "segm").
 

@@ -26,6 +26,19 @@ import viz
 from config import UserError, config, uses_augmentation
 from dataset import class_difference, get_datasets, shapes, short_names
 
+# Options that not every task knows, and the tasks that do.
+OPTIONS = {
+    "per_class": ["evaluate"],
+    "report": ["evaluate"],
+    "output": ["predict", "video", "visualize"],
+    "json": ["predict", "video"],
+    "classes": ["predict", "video"],
+    "confidence_threshold": ["predict", "video", "visualize", "output_serving", "output_pb"],
+    "tensors": ["visualize"],
+    "format": ["output_serving", "output_pb"],
+    "check_image": ["output_serving", "output_pb"],
+}
+
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,6 +74,11 @@ def parse_arguments(arguments=None):
     exports = bool(arguments.output_serving or arguments.output_pb)
     if tasks == exports:
         parser.error("say what to do: --predict, --video, --visualize, --evaluate, or --output-serving and --output-pb")
+    for option, of_tasks in OPTIONS.items():
+        is_given = getattr(arguments, option) != parser.get_default(option)
+        if is_given and not any(getattr(arguments, task) for task in of_tasks):
+            names = ["--" + name.replace("_", "-") for name in (option, *of_tasks)]
+            parser.error(f"{names[0]} goes with {' or '.join(names[1:])}")
     return arguments
 
 
@@ -163,8 +181,8 @@ def evaluate(arguments, checkpoint_path):
         names = short_names(config.DATA.VAL)
         outputs = [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
         folders = [folder and folder / name for name in names]
-    for path in [*outputs, folder]:
-        if path and path.exists():
+    for path in outputs:
+        if path.exists():
             raise UserError(f"{path} exists already: name another place, or move it away")
     datasets, known = load_datasets(), class_names()
     for dataset in datasets:
@@ -173,7 +191,10 @@ def evaluate(arguments, checkpoint_path):
         data.check_sizes(dataset.records(training=False), max_share=config.DATA.MAX_DROPPED)
     freeze_config(known)
     from eval import evaluate_dataset, load_predictor
+    from report import make_folder
 
+    for each in filter(None, folders):
+        make_folder(each)
     network = load_predictor(checkpoint_path)
     for dataset, path, report_folder in zip(datasets, outputs, folders):
         evaluate_dataset(network, dataset, output=path, per_class=arguments.per_class, report_folder=report_folder)

@@ -30,11 +30,19 @@ def log(evaluations, title, *, per_class=False):
             _log_classes(each, title)
 
 
-def check_folder(folder):
-    """Raises UserError unless `write` may fill the folder: it does not exist, or is empty."""
+def make_folder(folder):
+    """Makes the folder that `write` is to fill, so that a long evaluation does not end at a path that can't be used.
+
+    Raises:
+        UserError: it exists and is not empty, or can't be made.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already: name another folder for the report, or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} for the report: {error.strerror}") from error
 
 
 def write(evaluations, folder):
@@ -44,9 +52,8 @@ def write(evaluations, folder):
     For each kind, box or mask: KIND-curves.png, precision over recall; KIND-curves-of-classes.png;
     KIND-confusion.png, at the score of the highest F1.
     """
-    check_folder(folder)
+    make_folder(folder)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     numbers = {}
     for each in evaluations:
         numbers |= each.metrics()

@@ -657,6 +657,10 @@ def test_all_problems_are_told_at_once():
         (["MODE_MASK=False", "MRCNN.HEAD_DIM=64"], "MRCNN.HEAD_DIM has no effect with MODE_MASK=False"),
         (["PREPROC.TRAIN_CROP_SCALE=[1,2]"], "PREPROC.TRAIN_CROP_SCALE has no effect with PREPROC.TRAIN_CROP_SIZE=0"),
         (
+            ["PREPROC.TRAIN_CROP_SIZE=64", "PREPROC.TRAIN_SHORT_EDGE_SIZE=[64,96]"],
+            "PREPROC.TRAIN_SHORT_EDGE_SIZE has no effect with PREPROC.TRAIN_CROP_SIZE>0",
+        ),
+        (
             ["MODE_FPN=True", "FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS=[1,1,1,1]"],
             "FRCNN.BBOX_REG_WEIGHTS has no effect with FPN.CASCADE=True",
         ),

@@ -17,7 +17,7 @@ import boxes
 import metrics
 from dataset import get_dataset
 from eval import ImageDetections, coco_results
-from metrics import EvaluationError, coco_metrics
+from metrics import EvaluationError
 
 
 @pytest.fixture
@@ -28,6 +28,12 @@ def warnings(monkeypatch):
 
 
 # ---------------------------------------------------------------- metrics
+
+
+def coco_metrics(results, annotation_file, **options):
+    """The metrics of all kinds: {"mAP(KIND)/NAME": value}."""
+    evaluations = metrics.evaluate(annotation_file, results, **options)
+    return {name: value for each in evaluations for name, value in each.metrics().items()}
 
 
 def square(x, y, size):

@@ -89,6 +89,20 @@ def test_missing_and_contradictory_arguments(arguments):
     assert errors[0].startswith("usage: ")
 
 
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["--evaluate", "a.json", "--classes", "box"], "--classes goes with --predict or --video"),
+        (["--predict", "a.jpg", "--report", "r"], "--report goes with --evaluate"),
+        (["--visualize", "1", "--format", "tensorpack"], "--format goes with --output-serving or --output-pb"),
+    ],
+)
+def test_options_of_another_task(arguments, names, capsys):
+    with pytest.raises(SystemExit) as stop:
+        predict.parse_arguments([*arguments, "--load", "x"])
+    assert stop.value.code == 2 and names in capsys.readouterr().err
+
+
 def test_checkpoint_that_does_not_exist(tmp_path):
     code, errors, _ = run_without_tensorflow("--predict", "a.jpg", "--load", tmp_path / "nothing" / "model-7")
     assert code == 2
@@ -285,19 +299,22 @@ def test_video(network, checkpoint, tmp_path, capsys):
         writer.write(np.full((400, 500, 3), grey, np.uint8))
     writer.release()
     options = ["--json", "--output", tmp_path / "out", "--config", "TEST.BATCH_SIZE_PER_GPU=2"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "in-detections.json").write_text("mine")
     code = run("--video", tmp_path / "in.mp4", tmp_path / "bad.mp4", "--load", checkpoint, *options)
     captured = capsys.readouterr()
     assert code == 1 and captured.err == f"predict.py: {tmp_path / 'bad.mp4'}: not readable as a video\n"
-    assert captured.out == f"{tmp_path / 'out' / 'in-detections.mp4'}: 10 box, 5 disc\n"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in-detections.json", "in-detections.mp4"]
+    assert captured.out == f"{tmp_path / 'out' / 'in-detections-1.mp4'}: 10 box, 5 disc\n"
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["in-detections-1.json", "in-detections-1.mp4", "in-detections.json"]
     assert network.predictor.batches == [[(400, 500)] * 2, [(400, 500)] * 2, [(400, 500)]]
-    video = cv2.VideoCapture(str(tmp_path / "out" / "in-detections.mp4"))
+    video = cv2.VideoCapture(str(tmp_path / "out" / "in-detections-1.mp4"))
     assert video.get(cv2.CAP_PROP_FPS) == 10
     pictures = [video.read()[1] for _ in range(5)]
     assert not video.read()[0]
     assert [abs(int(picture[390, 490, 0]) - grey) < 8 for picture, grey in zip(pictures, range(0, 250, 50))]
     assert all(np.abs(picture[:40, :40].astype(int) - picture[390, 490]).max() > 60 for picture in pictures)  # drawn on
-    results = json.loads((tmp_path / "out" / "in-detections.json").read_text())
+    results = json.loads((tmp_path / "out" / "in-detections-1.json").read_text())
     assert [result["image_id"] for result in results] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
@@ -369,20 +386,29 @@ def test_evaluation_writes_a_file_per_data_set(network, checkpoint, tmp_path, na
 
 
 @pytest.mark.parametrize("names", [["coco_val2017"], ["coco_val2017", "coco_val2014"]])
-def test_reports_go_to_a_new_folder_for_each_data_set(network, checkpoint, tmp_path, names, monkeypatch):
+def test_reports_go_to_a_new_folder_for_each_data_set(network, checkpoint, tmp_path, names):
     write_config(checkpoint, write_data_set(tmp_path / "data"), f"DATA.VAL={names}")
     arguments = ["--evaluate", tmp_path / "out.json", "--load", checkpoint, "--per-class", "--report", tmp_path / "r"]
     assert run(*arguments) == 0
     folders = [tmp_path / "r"] if len(names) == 1 else [tmp_path / "r" / name for name in names]
     assert [call[3] for call in network.evaluated] == [{"per_class": True, "report_folder": f} for f in folders]
-    (tmp_path / "r").mkdir()
-    for module in (data, eval):
-        monkeypatch.setattr(module, "config", Config())
-    monkeypatch.setattr(predict, "config", data.config)
-    with pytest.raises(UserError, match="r exists already"):
-        run(*arguments)
+    assert all(folder.is_dir() for folder in folders)
     assert network.config.TEST.RESULT_SCORE_THRESH == 0.05
     assert network.config.DATA.CLASS_NAMES == ("BG", "disc", "box")
+
+
+def test_report_that_cannot_be_written(network, checkpoint, tmp_path, monkeypatch):
+    write_config(checkpoint, write_data_set(tmp_path / "data"), "DATA.VAL=coco_val2017")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    arguments = ["--evaluate", tmp_path / "out.json", "--load", checkpoint, "--report"]
+    for place, problem in (("used", "used exists already"), ("used/file/r", "cannot make the folder .*: Not a dir")):
+        for module in (data, eval, predict):
+            monkeypatch.setattr(module, "config", Config())
+        monkeypatch.setattr(predict, "config", data.config)
+        with pytest.raises(UserError, match=problem):
+            run(*arguments, tmp_path / place)
+    assert not network.evaluated
 
 
 # ---------------------------------------------------------------- whole runs

@@ -23,8 +23,10 @@ LONG = sorted({p.name.removesuffix("-infer.npz") for p in GOLDEN.glob("*-infer.n
 # Recipes whose hundredth detection stands amid others of the very same score (1/3, one stage being certain): which of
 # those make the cut is rounding's choice, so more of ours are admitted; the scores must be the same nevertheless.
 CUT_AMID_EQUALS = {"R101-FPN-Cascade-mask": ["TEST.RESULTS_PER_IM=300"]}
-# (loss, gradient norm) tolerances where the cause of a difference is not known: see NOTES, "Open".
-UNEXPLAINED = {("R101-FPN-GN-Cascade-mask", "image0"): (2e-3, 2e-2)}
+# Of two proposals that overlap, logits 1.1711510 (this one, by level and anchor) and 1.1711429, the reference keeps the
+# other: in hundreds of layers rounding decides. The nudge of a logit makes its decision ours.
+NUDGED_LOGITS = {"R101-FPN-GN-Cascade-mask": (2, 1470)}
+NUDGES = {("R101-FPN-GN-Cascade-mask", "image0"): -1e-5}
 RECIPES = EVERY_RUN + [pytest.param(recipe, marks=pytest.mark.long) for recipe in LONG]
 
 SMALL = [
@@ -116,8 +118,8 @@ class TrainingGraph:
         self.shapes = load_synthetic(self._session)
         self.trainable = set(self.gradients)
 
-    def run(self, batch):
-        feed = {self._inputs[name]: value for name, value in batch.items()}
+    def run(self, batch, feed=None):
+        feed = {self._inputs[name]: value for name, value in batch.items()} | (feed or {})
         return self._session.run((self.losses, self._norms), feed)
 
 
@@ -186,26 +188,38 @@ def check_masks(detections, boxes, labels, masks):
     assert compared >= 9
 
 
+def nudge_logit(monkeypatch, level, anchor):
+    """Let proposals be made as though one anchor's logit were higher by the scalar that is returned, 0 unless fed."""
+    propose, amount = rcnn._propose, tfv1.placeholder_with_default(0.0, [])
+
+    def nudged(logits, *args, **kwargs):
+        nudge = amount * tf.one_hot(anchor, tf.shape(logits[level])[1])
+        return propose([x + nudge if i == level else x for i, x in enumerate(logits)], *args, **kwargs)
+
+    monkeypatch.setattr(rcnn, "_propose", nudged)
+    return amount
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_equals_the_reference(recipe, configure):
+def test_training_equals_the_reference(recipe, configure, monkeypatch):
     golden = np.load(GOLDEN / f"{recipe}-train.npz", allow_pickle=False)
     settings = configure(*golden["overrides"].tolist())
     with tf.Graph().as_default():
+        nudge = nudge_logit(monkeypatch, *NUDGED_LOGITS.get(recipe, (0, 0)))
         graph = TrainingGraph()
         for k in ("image0", "image1"):
             spec = golden[k].tolist()
             batch = training_batch([spec], multiple=32 if settings.MODE_FPN else 1, with_masks=settings.MODE_MASK)
-            losses, norms = graph.run(batch)
-            loss_rtol, norm_rtol = UNEXPLAINED.get((recipe, k), (1e-4, 1e-2))
+            losses, norms = graph.run(batch, {nudge: NUDGES.get((recipe, k), 0.0)})
             expected = dict(zip(golden[f"{k}/loss_names"].tolist(), golden[f"{k}/loss_values"]))
             assert losses.keys() == expected.keys()
             for name, value in expected.items():
-                np.testing.assert_allclose(losses[name], value, rtol=loss_rtol, err_msg=name)
+                np.testing.assert_allclose(losses[name], value, rtol=1e-4, err_msg=name)
             expected = dict(zip(golden[f"{k}/grad_names"].tolist(), golden[f"{k}/grad_norms"]))
             assert graph.trainable == expected.keys()
             for name, value in expected.items():
-                np.testing.assert_allclose(norms.get(name, 0.0), value, rtol=norm_rtol, atol=1e-6, err_msg=name)
+                np.testing.assert_allclose(norms.get(name, 0.0), value, rtol=1e-2, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("recipe", [path.stem for path in sorted((GOLDEN / "variables").glob("*.json"))])
