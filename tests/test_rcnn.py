@@ -345,6 +345,31 @@ def test_bfloat16_is_close_to_float32(configure, monkeypatch):
     assert distance.max() > 0  # it was computed otherwise
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["R50-FPN-mask", pytest.param("R101-FPN-GN-Cascade-mask", marks=pytest.mark.long)])
+def test_bfloat16_features_are_close_to_float32(recipe, configure, monkeypatch):
+    """c2 to c5 and p2 to p6 on the images of the golden files: relative L2 distance of at most 3e-2."""
+    golden = np.load(GOLDEN / f"{recipe}-infer.npz", allow_pickle=False)
+    images = [pad([synthetic_image(*golden[k])[0]], 32) for k in ("image0", "image1")]
+    pyramid, backbone_features, features = rcnn.fpn, [], []
+    monkeypatch.setattr(rcnn, "fpn", lambda maps, **kwargs: backbone_features.append(maps) or pyramid(maps, **kwargs))
+    for precision in ("float32", "bfloat16"):
+        configure(*golden["overrides"].tolist(), f"TEST.PRECISION={precision}")
+        with tf.Graph().as_default(), tfv1.Session(config=rcnn.session_config()) as session:
+            inputs = [tfv1.placeholder(tf.uint8, [None, None, None, 3]), tfv1.placeholder(tf.int32, [None, 2])]
+            with TowerContext("", is_training=False):
+                pyramid_features, _ = rcnn._features(*inputs, training=False)
+            session.run(tfv1.global_variables_initializer())
+            load_synthetic(session)
+            maps = [*backbone_features[-1], *pyramid_features]
+            assert {x.dtype.name for x in maps} == {precision}
+            maps = [tf.cast(x, tf.float32) for x in maps]
+            features.append([x for image in images for x in session.run(maps, dict(zip(inputs, image)))])
+    assert len(features[0]) == 18
+    for exact, rounded in zip(*features):
+        assert 0 < np.linalg.norm(rounded - exact) <= 3e-2 * np.linalg.norm(exact)
+
+
 def test_bfloat16_trains_with_close_losses(configure):
     batch = training_batch([[96, 128, 3, 1]], multiple=32)
     losses = []
@@ -493,3 +518,28 @@ class TestLossScaledOptimizer:
         norm, w, scale = descend(np.inf)
         assert not np.isfinite(norm)
         assert (w, scale) == (0.0, 1.0)
+
+    @pytest.mark.parametrize("num_towers", [1, 2])
+    def test_accumulation_momentum_and_towers(self, num_towers, monkeypatch):
+        """Two gradients a step, the mean of the towers' each; one step overflows, and neither counts nor adds."""
+        monkeypatch.setattr(rcnn, "FIRST_SCALE", 2.0**14)
+        with tf.Graph().as_default(), tfv1.Session() as session:
+            values = tfv1.placeholder(tf.float32, [num_towers])
+            momentum = tfv1.train.MomentumOptimizer(1.0, 0.9)
+            optimizer = rcnn.LossScaledOptimizer(rcnn.AccumulatedOptimizer(momentum, 2))
+            weights = [tfv1.get_variable(f"tower{i}/w", initializer=0.0) for i in range(num_towers)]
+            products = [tf.cast(w, tf.float16) * tf.cast(values[i], tf.float16) for i, w in enumerate(weights)]
+            losses = [tf.cast(product, tf.float32) for product in products]
+            towers = [optimizer.compute_gradients(loss, var_list=[w])[0][0] for loss, w in zip(losses, weights)]
+            mean = tf.add_n(towers) / num_towers
+            steps = [optimizer.apply_gradients([(mean, w)]) for w in weights]
+            session.run(tfv1.global_variables_initializer())
+            found = []
+            for value in (0.5, 1.5, 8.0, 2.0, 1.0, 0.5):  # 8 times 2^14 is beyond float16
+                fed = value * np.arange(1, num_towers + 1) / np.mean(np.arange(1, num_towers + 1))
+                session.run(steps, {values: fed})
+                found.append(session.run(weights))
+            assert session.run(optimizer._scale) == 2.0**13
+        first, second = -1.0, -1.0 - 0.9 - 1.5
+        expected = [0, first, first, first, second, second]
+        np.testing.assert_allclose(found, np.repeat(expected, num_towers).reshape(6, -1), rtol=1e-3)
