@@ -70,6 +70,7 @@ class Environment:
             raise SetupError(f"{self.path} was not made by this set-up: move it away, then run make again")
         self.state.mkdir(parents=True, exist_ok=True)
         with open(self.state / "lock", "w") as lock:
+            os.set_inheritable(lock.fileno(), True)  # a pip that outlives us, killed, holds it until it ends
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -110,6 +110,7 @@ def locked(cache):
     except OSError as error:
         raise SetupError(f"no wheel cache in {cache} ({error.strerror}): name another in RCNN_WHEEL_CACHE") from error
     with open(cache / "lock", "w") as lock:
+        os.set_inheritable(lock.fileno(), True)  # a build that outlives us, killed, holds it until it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

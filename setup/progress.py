@@ -65,6 +65,7 @@ def run_logged(command, *, log, env):
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,
+            close_fds=False,
         )
     try:
         while True:
