@@ -188,13 +188,18 @@ def test_full_disk(start, tmp_path):
 
 
 def test_memory_does_not_grow(start):
-    """From step 1,000 to 3,000 of the tiny model, its process and the data worker grow by less than 2 KB per step."""
-    process = start("", "TRAIN.LR_SCHEDULE=[875]", "TRAIN.STEPS_PER_EPOCH=500", "TRAIN.EVAL_PERIOD=0")
+    """From step 1,000 to 3,000 of the tiny model, its process and the data worker grow by less than 2 KB per step.
+
+    A leak grows all the time: the one largest growth of 250 steps is left out, as the allocator takes 8 MB at a time.
+    """
+    process = start("", "TRAIN.LR_SCHEDULE=[813]", "TRAIN.STEPS_PER_EPOCH=250", "TRAIN.EVAL_PERIOD=0")
     sizes = []
     for line in process.stdout:
         if "Start Epoch" in line:
             sizes.append(sum(each.memory_info().rss for each in start.processes()))
     assert finish(start, process)[0] == 0
-    slope = (sizes[6] - sizes[2]) / 2000
-    print(f"memory in MB at every 500 steps: {[size // 10**6 for size in sizes]}; {slope:.0f} bytes per step")
+    growth = np.diff(sizes[4:13])  # epochs of 250 steps, as they begin
+    assert len(growth) == 8
+    slope = (growth.sum() - growth.max()) / (7 * 250)
+    print(f"memory in MB at every 250 steps: {[size // 10**6 for size in sizes]}; {slope:.0f} bytes per step")
     assert slope < 2000
