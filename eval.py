@@ -320,29 +320,32 @@ def evaluate_dataset(
     equally often on all ranks. `report_options` are those of `evaluate_results`.
 
     Raises:
-        EvaluationError: `output` exists, without `overwrite`: before anything is computed. Others: see
-            `metrics.evaluate`.
+        EvaluationError: `output` exists, without `overwrite`, or can't be written: one process says so before anything
+            is computed, several once they have exchanged their results. Others: see `metrics.evaluate`.
         ImageError: an image cannot be used.
     """
     records = dataset.records(training=False)
     batches = data.evaluation_data(records, shard_index=ranks.rank, num_shards=ranks.size)
-    results, stopwatch = [], Stopwatch()
+    results, stopwatch, is_alone = [], Stopwatch(), ranks.size == 1
+    file = ResultsFile(output if ranks.rank == 0 else None, overwrite=overwrite)
     with (
-        ResultsFile(output if ranks.rank == 0 else None, overwrite=overwrite) as file,
+        file if is_alone else contextlib.nullcontext(),
         get_tqdm(total=len(records), unit="image", disable=ranks.rank > 0) as progress,
     ):
         in_step = _in_step(batches, before_batch)
         options = {"num_parallel": num_parallel, "stopwatch": stopwatch}
         for image_results in results_of(predict, in_step, dataset.category_ids, **options):
-            if ranks.size == 1:
+            if is_alone:
                 file.write(image_results)
             results.extend(image_results)
             progress.update(ranks.size)
-        if ranks.size > 1:
-            results = _in_order(ranks.gather(results), batches.image_ids())
+    if not is_alone:
+        parts = ranks.gather(results, chief_only=True)
+        if ranks.rank > 0:
+            return None
+        results = _in_order(parts, batches.image_ids())
+        with file:  # not before: where it can't be written, no rank must be waiting for this one
             file.write(results)
-    if ranks.rank > 0:
-        return None
     with stopwatch.measure("metrics"):
         values = evaluate_results(results, dataset, **report_options)
     logger.info(f"{dataset.name}: {stopwatch.describe(len(records))}")

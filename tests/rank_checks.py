@@ -62,6 +62,7 @@ def main(directory):
     ranks = HorovodRanks()
     found = sync_bn(ranks.rank)
     found["gathered"] = np.array([len(text) for text in ranks.gather("x" * (ranks.rank * 100000 + 3))])
+    found["to_chief"] = np.array(ranks.gather(ranks.rank, chief_only=True) or [])
     found["of_chief"] = np.array(ranks.of_chief([ranks.rank, "é\n"]))
     found["shared"] = shared(ranks, ranks.rank + 7)
     found["equal"] = np.array(unequal_weights(ranks, 5))

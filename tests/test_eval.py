@@ -247,9 +247,10 @@ class OneOfTwo(Ranks):
     def __init__(self, rank, told):
         self.rank, self._told = rank, told
 
-    def gather(self, value):
+    def gather(self, value, *, chief_only=False):
+        assert chief_only
         self._told.append(value)
-        return self._told[::-1]
+        return None if self.rank > 0 else self._told[::-1]
 
 
 def test_ranks_share_the_work_and_find_the_same(config, dataset, tmp_path):
@@ -273,6 +274,16 @@ def test_ranks_share_the_work_and_find_the_same(config, dataset, tmp_path):
     assert (tmp_path / "shared.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
     assert sorted(images) == [record.image_id for record in dataset.records(training=False)]
     assert calls.count(0) == calls.count(1) > 0
+
+
+def test_a_rank_that_cannot_write_leaves_no_other_waiting(config, dataset, tmp_path):
+    (tmp_path / "file").touch()
+    told = [[]]  # of rank 1
+    with pytest.raises(EvaluationError, match="cannot write"):
+        evaluation.evaluate_dataset(
+            perfect(dataset), dataset, output=tmp_path / "file" / "out.json", ranks=OneOfTwo(0, told)
+        )
+    assert len(told) == 2
 
 
 def test_loading_network_and_results_go_on_at_the_same_time(config, dataset, monkeypatch):

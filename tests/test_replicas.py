@@ -144,6 +144,7 @@ class TestTwoRanks:
     def test_tell_each_other(self, ranks):
         for rank in ranks:
             assert rank["gathered"].tolist() == [3, 100003]
+            assert rank["to_chief"].tolist() == ([0, 1] if rank is ranks[0] else [])
             assert rank["of_chief"].tolist() == ["0", "é\n"]
             assert rank["shared"].tolist() == [7, 8]
 
