@@ -142,11 +142,10 @@ def load_predictor(checkpoint_path):
     """
     with tf.Graph().as_default():
         inference = rcnn.Inference()
-        with tf.Session(config=rcnn.session_config()) as session:
-            _, lines = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
-            predict = inference.freeze(session)
+        session = tf.Session(config=rcnn.session_config())
+        _, lines = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
     logger.info("\n".join(lines))
-    return with_augmentation(predict)
+    return with_augmentation(inference.bind(session))
 
 
 def with_augmentation(predict):

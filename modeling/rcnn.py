@@ -642,24 +642,8 @@ class Inference:
 
     def bind(self, session):
         """The function (image uint8 [N, H, W, 3], image_shape int32 [N, 2]) -> Detections of NumPy arrays."""
-        return self._callable(session, lambda tensor: tensor)
-
-    def freeze(self, session):
-        """The same function with the variables as they are now, as constants of a graph and a session of its own.
-
-        The optimiser then does once what would be done in each run: scaling kernels by batch norm, casting them.
-        """
-        names = [tensor.op.name for tensor in self._detections if tensor is not None]
-        frozen = tfv1.graph_util.convert_variables_to_constants(session, session.graph.as_graph_def(), names)
-        with tf.Graph().as_default() as graph:
-            tf.import_graph_def(frozen, name="")
-        return self._callable(
-            tfv1.Session(graph=graph, config=session_config()), lambda x: graph.get_tensor_by_name(x.name)
-        )
-
-    def _callable(self, session, find):
-        made = {name: find(tensor) for name, tensor in self._detections._asdict().items() if tensor is not None}
-        run = session.make_callable(list(made.values()), [find(tensor) for tensor in self.inputs])
+        made = {name: tensor for name, tensor in self._detections._asdict().items() if tensor is not None}
+        run = session.make_callable(list(made.values()), self.inputs)
 
         def predict(image, image_shape):
             return self._detections._replace(**dict(zip(made, run(image, image_shape))))
