@@ -13,7 +13,6 @@ because pip takes a package whose files it had not finished writing for an insta
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ import sys
 from pathlib import Path
 
 import horovod_wheel
-from progress import SetupError, main_wrapper, run_logged
+from progress import SetupError, hold_lock, main_wrapper, run_logged
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
@@ -69,13 +68,7 @@ class Environment:
         if self.path.is_dir() and any(self.path.iterdir()) and not self.state.is_dir():
             raise SetupError(f"{self.path} was not made by this set-up: move it away, then run make again")
         self.state.mkdir(parents=True, exist_ok=True)
-        with open(self.state / "lock", "w") as lock:
-            os.set_inheritable(lock.fileno(), True)  # a pip that outlives us, killed, holds it until it ends
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print("Waiting for another set-up of this checkout to finish ...", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with hold_lock(self.state / "lock", waiting="Waiting for another set-up of this checkout to finish ..."):
             yield self
 
     def identity(self):

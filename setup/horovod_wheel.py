@@ -6,7 +6,6 @@ after it was installed and imported: whatever happens to a build, the cache hold
 """
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from progress import SetupError
+from progress import SetupError, hold_lock
 
 # TensorFlow 2.20 has moved a header that Horovod includes by its old name; this stands in the old place for the build.
 # Horovod's code for GPUs needs two things more there: a type that was dropped, and two functions for logging numbers
@@ -109,13 +108,7 @@ def locked(cache):
         (cache / "lock").touch()
     except OSError as error:
         raise SetupError(f"no wheel cache in {cache} ({error.strerror}): name another in RCNN_WHEEL_CACHE") from error
-    with open(cache / "lock", "w") as lock:
-        os.set_inheritable(lock.fileno(), True)  # a build that outlives us, killed, holds it until it ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Waiting for another checkout's build of Horovod (about 5 minutes) ...", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(cache / "lock", waiting="Waiting for another checkout's build of Horovod (about 5 minutes) ..."):
         for leftover in cache.glob(BUILDING + "*"):
             shutil.rmtree(leftover)
         yield

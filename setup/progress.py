@@ -1,5 +1,7 @@
 """Runs the long commands of the set-up: output to a log, a sign of life on the terminal, one clear line on failure."""
 
+import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -35,6 +37,22 @@ def symptoms(path):
 def milestone(path):
     """Returns the last line of the log `path` that tells how far the work is, or ""."""
     return next((line for line in reversed(last_lines(path, 1000)) if MILESTONE.match(line)), "")
+
+
+@contextlib.contextmanager
+def hold_lock(path, *, waiting):
+    """Holds the lock file `path` against other processes; prints `waiting` if it has to wait for one of them.
+
+    Commands that `run_logged` starts meanwhile hold it too: where we are killed and they live on, until they end.
+    """
+    with open(path, "w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(waiting, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def stop(process):
