@@ -259,7 +259,10 @@ def check_finetune(path, matched):
         raise CheckpointMismatch(f"{path} holds a backbone, no detector: give it as BACKBONE.WEIGHTS")
     wrong = [name for name in matched.mismatched if not DEPENDS_ON_CLASSES.match(name)] + matched.absent
     if wrong:
-        raise CheckpointMismatch(f"{path} is of another model: {len(wrong)} variables don't fit, first {wrong[0]}")
+        raise CheckpointMismatch(
+            f"{path} is of another model: {len(wrong)} variables don't fit, first {wrong[0]}; "
+            f"give the settings of its training ({CONFIG_FILE} has them) after --config"
+        )
 
 
 def check_backbone(path, matched):

@@ -26,6 +26,12 @@ from dataset import get_datasets
 from ranks import HorovodRanks, RankLost, Ranks, is_lost
 from watchdog import Watchdog
 
+startup_logger = logging.getLogger("train")
+WITHOUT_WEIGHTS = (
+    "the first layers as they are, and they are random: give BACKBONE.WEIGHTS or --load, "
+    "or train from scratch by BACKBONE.FREEZE_AT=0 BACKBONE.NORM=GN"
+)
+
 LEFT_BY_FAILED_STARTS = ("log.log", "events.out.tfevents.")
 
 
@@ -78,7 +84,7 @@ def main(arguments):
 def collect_messages():
     """A logging.Handler that keeps what config, data and dataset say until the run has a log for it."""
     handler = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL)
-    for name in ("config", "data", "dataset"):
+    for name in ("train", "config", "data", "dataset"):
         logging.getLogger(name).setLevel(logging.INFO)
         logging.getLogger(name).addHandler(handler)
     return handler
@@ -131,6 +137,8 @@ def adopt_settings(weights):
         weights: of `find_weights`
     """
     if not weights:
+        if config.BACKBONE.FREEZE_AT > 0:
+            startup_logger.warning(f"BACKBONE.FREEZE_AT={config.BACKBONE.FREEZE_AT} keeps {WITHOUT_WEIGHTS}")
         return
     path, _ = weights
     needed = checkpoint.carried_settings(path)

@@ -1,7 +1,7 @@
 r"""Serves an exported model over HTTP with nothing but TensorFlow, as TensorFlow Serving's REST interface does.
 
     ./predict.py --output-serving models/rcnn/1 --load train_log/run
-    python examples/serve.py models/rcnn/1 --port 8501
+    .venv/bin/python examples/serve.py models/rcnn/1 --port 8501
     curl -d "{\"signature_name\": \"encoded\", \"inputs\": {\"image_bytes\": [{\"b64\": \"$(base64 -w0 a.jpg)\"}]}}" \
         localhost:8501/v1/models/rcnn:predict
 
@@ -11,6 +11,7 @@ answers the same request (`--model_base_path=$PWD/models/rcnn --model_name=rcnn 
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,13 +26,16 @@ def main():
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8501, help="0: any free one")
     arguments = parser.parse_args()
+    if not tf.saved_model.contains_saved_model(arguments.folder):
+        parser.error(f"no SavedModel in {arguments.folder}: give the folder that holds saved_model.pb")
     model = tf.saved_model.load(arguments.folder)
     server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     server.signatures = model.signatures
     print(
         f"serving {arguments.folder} at http://{arguments.host}:{server.server_port}/v1/models/rcnn:predict", flush=True
     )
-    server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,6 +59,8 @@ def predict(signatures, request):
     """The outputs, as lists, for a request {"signature_name": ..., "inputs": {name: value}}."""
     signature = signatures[request.get("signature_name", "serving_default")]
     _, specs = signature.structured_input_signature
+    if not request["inputs"].keys() <= specs.keys():
+        raise ValueError(f"the inputs are {', '.join(specs)}")
     inputs = {name: tf.constant(_decoded(value), specs[name].dtype) for name, value in request["inputs"].items()}
     return {name: _encoded(name, value.numpy().tolist()) for name, value in signature(**inputs).items()}
 

@@ -8,6 +8,7 @@ http://localhost:8000 is the page, http://localhost:8000/docs describes the inte
 
 import argparse
 import base64
+import sys
 from pathlib import Path
 
 import uvicorn
@@ -16,6 +17,7 @@ from fastapi.responses import FileResponse
 
 import data
 import viz
+from config import UserError
 from eval import Predictor
 from media import Style
 
@@ -50,4 +52,8 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--score-threshold", type=float, default=0.5)
     arguments = parser.parse_args()
-    uvicorn.run(make_app(Predictor(arguments.checkpoint), arguments.score_threshold), port=arguments.port)
+    try:
+        predictor = Predictor(arguments.checkpoint)
+    except UserError as error:
+        sys.exit(f"web_service: {error}")
+    uvicorn.run(make_app(predictor, arguments.score_threshold), port=arguments.port)

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
+import train
 from dataset import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,14 @@ class TestTraining:
     def test_warns_of_nothing(self, trained):
         assert " WRN " not in trained[1]
         assert "Warning" not in trained[1]
+
+    def test_frozen_random_weights_are_warned_of(self, caplog):
+        with train.config.temporary():
+            for freeze_at, num_warnings in ((2, 1), (0, 0)):
+                caplog.clear()
+                train.config.BACKBONE.FREEZE_AT = freeze_at
+                train.adopt_settings(None)
+                assert [record.levelname for record in caplog.records] == ["WARNING"] * num_warnings
 
     def test_leaves_events_statistics_checkpoint_and_configuration(self, trained):
         logdir = trained[0]

@@ -50,6 +50,7 @@ class Case(NamedTuple):
     overrides: tuple  # KEY=VALUE
     profile: bool  # whether to tell what kinds of ops take the time
     foreground_iou: float = 0.05  # low, so that random proposals suffice for all the foreground that a recipe samples
+    proposal_iou: float = 0.8  # high, so that the NMS of random proposals leaves enough of them, in bfloat16 too
     candidates: int = 1000  # (RoI, class) pairs per image that compete to be detections
 
 
@@ -83,6 +84,7 @@ def configure(case):
     """The configuration of a case: R50-FPN with the thresholds for random weights, then what was asked for."""
     height, width = case.size
     config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={case.foreground_iou}", "TEST.RESULT_SCORE_THRESH=0.0"])
+    config.update([f"RPN.PROPOSAL_NMS_THRESH={case.proposal_iou}"])
     config.update([f"PREPROC.TEST_SHORT_EDGE_SIZE={min(case.size)}", f"PREPROC.MAX_SIZE={max(height, width, 1333)}"])
     config.update([f"{phase}.PRECISION={case.precision}" for phase in ("TRAIN", "TEST")])
     config.update([f"{phase}.BATCH_SIZE_PER_GPU={case.batch}" for phase in ("TRAIN", "TEST")])
@@ -138,16 +140,16 @@ def prepare_inference(case):
     images = list(synthetic_batch(case)["image"])
     with tempfile.TemporaryDirectory() as folder:
         weights = os.path.join(folder, "random.npz")
-        config.TEST.RESULT_SCORE_THRESH = save_random_weights(weights, images, case.candidates)
+        config.TEST.RESULT_SCORE_THRESH, num_rois = save_random_weights(weights, images, case.candidates)
         config.freeze()
         predict = evaluation.load_predictor(weights)
     found = evaluation.predict_images(predict, images)
-    work = {"num_detections": sum(len(one.scores) for one in found) / case.batch}
+    work = {"num_rois": num_rois, "num_detections": sum(len(one.scores) for one in found) / case.batch}
     return (lambda: evaluation.predict_images(predict, images)), work
 
 
 def save_random_weights(path, images, candidates):
-    """Write random weights, and find the score that so many candidates of an image lie above with them."""
+    """Write random weights; (score that so many candidates of the first image lie above with them, number of RoIs)."""
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
@@ -168,7 +170,7 @@ def save_random_weights(path, images, candidates):
         softmax = [op.outputs[0] for op in graph.get_operations() if op.type == "Softmax"]
         feed = {"inference/image:0": image, "inference/image_shape:0": image_shape}
         scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
-    return float(np.sort(scores, axis=None)[-candidates])
+    return float(np.sort(scores, axis=None)[-candidates]), len(scores)
 
 
 def prepare_data(case):

@@ -50,6 +50,7 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if arguments.output.exists():
         raise UserError(f"{arguments.output} exists already: name another file, or move it away")
     if arguments.to:

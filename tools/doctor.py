@@ -352,7 +352,7 @@ def fix(examined, image_dir, path):
     content["images"], content["annotations"] = list(images.values()), annotations
     write_json(content, path)
     kept = ", ".join(f"{len(content[key])} of {before[key]} {key}" for key in before)
-    return f"{path}: kept {kept}; check it: python -m tools.doctor {path} {image_dir}"
+    return f"{path}: kept {kept}; check it: .venv/bin/python -m tools.doctor {path} {image_dir}"
 
 
 def with_own_ids(entries):

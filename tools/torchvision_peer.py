@@ -16,7 +16,8 @@ def make_model(case, **options):
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
-    return MaskRCNN(backbone, 81, min_size=min(case.size), max_size=max(*case.size, 1333), **options)
+    sizes = dict(min_size=min(case.size), max_size=max(*case.size, 1333))
+    return MaskRCNN(backbone, 81, **sizes, rpn_nms_thresh=case.proposal_iou, **options)
 
 
 def autocast(case):
@@ -45,8 +46,8 @@ def prepare_inference(case, batch):
     heads = model.roi_heads
 
     def threshold(inputs, output):
-        scores = output[0].float().softmax(dim=1)[:, 1:].flatten()
-        return float(scores.sort().values[-case.candidates * case.batch])
+        scores = output[0].float().softmax(dim=1)[:, 1:]
+        return float(scores.flatten().sort().values[-case.candidates * case.batch]), len(scores) / case.batch
 
     def run():
         with torch.inference_mode(), autocast(case):
@@ -56,7 +57,7 @@ def prepare_inference(case, batch):
     heads.score_thresh = 1.0
     run()
     handle.remove()
-    heads.score_thresh = work.pop("threshold")
+    heads.score_thresh, work["num_rois"] = work.pop("threshold")
     work["num_detections"] = sum(len(one["scores"]) for one in run()) / case.batch
     return run, work
 
