@@ -452,9 +452,6 @@ class Batches(DataFlow):
             return "data is there, but the step does not end; this device or another rank hangs"
         return f"no data for {time.monotonic() - self._asked_at:.0f} s, waiting for {self._batches.awaited()}"
 
-    def __len__(self):
-        raise NotImplementedError("the stream has no end")
-
     def has_failed(self):
         """Whether an error has ended the stream."""
         return self._error is not None

@@ -27,10 +27,6 @@ from ranks import HorovodRanks, RankLost, Ranks, is_lost
 from watchdog import Watchdog
 
 startup_logger = logging.getLogger("train")
-WITHOUT_WEIGHTS = (
-    "the first layers as they are, and they are random: give BACKBONE.WEIGHTS or --load, "
-    "or train from scratch by BACKBONE.FREEZE_AT=0 BACKBONE.NORM=GN"
-)
 
 LEFT_BY_FAILED_STARTS = ("log.log", "events.out.tfevents.")
 
@@ -138,7 +134,11 @@ def adopt_settings(weights):
     """
     if not weights:
         if config.BACKBONE.FREEZE_AT > 0:
-            startup_logger.warning(f"BACKBONE.FREEZE_AT={config.BACKBONE.FREEZE_AT} keeps {WITHOUT_WEIGHTS}")
+            startup_logger.warning(
+                f"BACKBONE.FREEZE_AT={config.BACKBONE.FREEZE_AT} keeps the first layers as they are, and they "
+                "are random: give BACKBONE.WEIGHTS or --load, or train from scratch by BACKBONE.FREEZE_AT=0 "
+                "BACKBONE.NORM=GN"
+            )
         return
     path, _ = weights
     needed = checkpoint.carried_settings(path)

@@ -23,10 +23,8 @@ from media import Style
 
 
 def make_app(predictor, score_threshold):
-    app, style = (
-        FastAPI(title="Objects in images"),
-        Style(predictor.class_names, predictor.category_ids, score_threshold),
-    )
+    app = FastAPI(title="Objects in images")
+    style = Style(predictor.class_names, predictor.category_ids, score_threshold)
 
     @app.get("/", include_in_schema=False)
     def page():

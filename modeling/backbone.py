@@ -10,7 +10,7 @@ from functools import partial
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
-from .layers import conv2d_norm, explicit_padding
+from .layers import conv2d_norm, explicit_padding, shape_list
 
 
 def resnet_stem(image, *, width, tf_pad_mode, **options):
@@ -40,15 +40,12 @@ def bottleneck(x, width, stride, *, tf_pad_mode, stride_1x1, groups=1, group_wid
         stride_1x1: put the stride on the first 1x1 convolution rather than on the 3x3
     """
     inner = groups * max(1, group_width * width // 64)
-    stride_3x3, padding, y = stride, "SAME", x
-    if stride == 2 and stride_1x1:
-        y, stride_3x3 = _every_second(x, stride), 1
-    elif stride == 2:
-        padding = _pad_for_3x3_stride_2(tf_pad_mode)
+    stride_of_1x1, stride_of_3x3 = (stride, 1) if stride_1x1 else (1, stride)
+    padding = _pad_for_3x3_stride_2(tf_pad_mode) if stride_of_3x3 == 2 else "SAME"
     shortcut = _shortcut(x, 4 * width, stride, **options)
-    y = conv2d_norm("conv1", y, inner, 1, activation=tf.nn.relu, **options)
+    y = _conv1x1("conv1", x, inner, stride_of_1x1, activation=tf.nn.relu, **options)
     y = conv2d_norm(
-        "conv2", y, inner, 3, groups=groups, stride=stride_3x3, padding=padding, activation=tf.nn.relu, **options
+        "conv2", y, inner, 3, groups=groups, stride=stride_of_3x3, padding=padding, activation=tf.nn.relu, **options
     )
     y = conv2d_norm("conv3", y, 4 * width, 1, gamma=0.0, **options)
     return tf.nn.relu(y + shortcut)
@@ -68,16 +65,19 @@ def _shortcut(x, channels, stride, **options):
     """`x` itself, or a 1x1 convolution of it where the number of channels changes."""
     if x.shape[-1] == channels:
         return x
-    return conv2d_norm("convshortcut", _every_second(x, stride), channels, 1, **options)
+    return _conv1x1("convshortcut", x, channels, stride, **options)
+
+
+def _conv1x1(name, x, channels, stride, **options):
+    """[N, H, W, C] -> [N, floor(H / stride), floor(W / stride), channels]: of an odd side, the last pixel is lost."""
+    if stride == 2:
+        _, height, width, _ = shape_list(x)
+        x = x[:, : height // 2 * 2, : width // 2 * 2]  # no copy where both are even
+    return conv2d_norm(name, x, channels, 1, stride=stride, **options)
 
 
 def _pad_for_3x3_stride_2(tf_pad_mode):
     return explicit_padding(0, 1) if tf_pad_mode else explicit_padding(1, 0)
-
-
-def _every_second(x, stride):
-    """Input of a strided 1x1 convolution, [N, floor(H / 2), floor(W / 2), C]: an odd last row or column is lost."""
-    return x if stride == 1 else x[:, :-1:2, :-1:2]
 
 
 # The blocks of BACKBONE.NAME. C4 runs the last stage of one on RoIs.

@@ -33,8 +33,14 @@ def fpn(features, *, channels, norm):
     return outputs + [outputs[-1][:, ::2, ::2]]
 
 
+@tf.custom_gradient
 def _add_upsampled(fine, coarse):
     """`fine` [N, 2 H, 2 W, C] + `coarse` [N, H, W, C] enlarged twice, without making the enlarged map."""
+
+    def gradient(dy):
+        return dy, 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")  # the sum of each window, which is slower as a sum
+
     n, height, width, channels = shape_list(coarse)
     windows = tf.reshape(fine, [n, height, 2, width, 2, channels])
-    return tf.reshape(windows + coarse[:, :, None, :, None, :], [n, 2 * height, 2 * width, channels])
+    summed = windows + coarse[:, :, None, :, None, :]
+    return tf.reshape(summed, [n, 2 * height, 2 * width, channels]), gradient

@@ -83,17 +83,17 @@ def _block_diagonal(kernel, groups):
 
 
 @layer_register(use_scope=True)
-def conv2d(x, channels, kernel_size, *, initializer, activation=None):
-    """Stride-1 convolution with bias, same size as its input.
+def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=None):
+    """Stride-1 convolution with bias.
 
     Args:
         x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts with 0.
     Returns:
-        [N, H, W, channels], dtype of `x`
+        [N, H, W, channels], dtype of `x`; smaller than it with "VALID" padding
     """
     kernel = tfv1.get_variable("W", [kernel_size, kernel_size, x.shape[-1], channels], initializer=initializer)
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    return _convolve(x, kernel, bias, stride=1, padding="SAME", activation=activation)
+    return _convolve(x, kernel, bias, stride=1, padding=padding, activation=activation)
 
 
 @layer_register(use_scope=True)
@@ -300,7 +300,7 @@ def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
     inputs = x.shape[1:].num_elements()
     kernel = tfv1.get_variable("W", [inputs, channels], initializer=initializer)
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    if x.shape.rank == 4:  # permuting the weights is as dear as permuting the RoIs, but free once they are constants
+    if x.shape.rank == 4:  # permuting the weights is as dear as permuting the RoIs, but free in an export
         _, height, width, depth = x.shape
         kernel = tf.reshape(kernel, [depth, height, width, channels])
         kernel = tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [inputs, channels])
@@ -313,18 +313,41 @@ def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
 def deconv2x2(x, channels, *, initializer, activation=None):
     """Transposed convolution with a 2x2 kernel and stride 2: twice the size, every output from one input pixel.
 
-    Written as one matrix product and a reshuffle of its output: windows don't overlap, so that is all it is.
+    Written as one matrix product, for windows don't overlap. What works on single pixels can come before joining.
 
     Args:
         x: [R, H, W, C]
     Returns:
-        [R, 2 H, 2 W, channels], dtype of `x`
+        the window of each input pixel: [R, H, W, 2, 2, channels], dtype of `x`
     """
     r, height, width, depth = shape_list(x)
     kernel = tfv1.get_variable("W", [2, 2, channels, depth], initializer=initializer)
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
     kernel = tf.reshape(tf.transpose(kernel, [3, 0, 1, 2]), [1, 1, depth, 4 * channels])
     y = _convolve(x, kernel, tf.tile(bias, [4]), stride=1, padding="SAME", activation=activation)
-    y = tf.reshape(y, [r, height, width, 2, 2 * channels])
-    y = tf.transpose(y, [0, 1, 3, 2, 4])  # rows of the 2x2 window go between the rows of the map
-    return tf.reshape(y, [r, 2 * height, 2 * width, channels])
+    return tf.reshape(y, [r, height, width, 2, 2, channels])
+
+
+def join_windows(windows):
+    """[R, H, W, 2, 2] -> [R, 2 H, 2 W]"""
+    r, height, width, *_ = shape_list(windows)
+    return tf.reshape(tf.transpose(windows, [0, 1, 3, 2, 4]), [r, 2 * height, 2 * width])
+
+
+@layer_register(use_scope=True)
+def channel_of_conv1x1(x, index, channels, *, initializer):
+    """One output channel for each item of a 1x1 convolution with bias, without computing the others.
+
+    Args:
+        x: [R, ..., C]. index: integer [R] in 0..channels - 1. channels: that the convolution has.
+    Returns:
+        float32 [R, ...]
+    """
+    depth = x.shape[-1]
+    kernel = tfv1.get_variable("W", [1, 1, depth, channels], initializer=initializer)
+    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
+    shape = shape_list(x)[:-1]
+    x = tf.reshape(x, [shape[0], -1, depth])
+    own = tf.gather(tf.transpose(kernel[0, 0]), index)  # in float32, in which its gradients add up
+    y = tf.matmul(tf.cast(own, x.dtype)[:, None], x, transpose_b=True)[:, 0]
+    return tf.reshape(tf.cast(y, tf.float32) + tf.gather(bias, index)[:, None], shape)

@@ -7,34 +7,37 @@ of the padded image.
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
-from .layers import HE_FAN_OUT, conv2d, conv2d_of_head, deconv2x2, normal_initializer, shape_list
+from .layers import (
+    HE_FAN_OUT,
+    channel_of_conv1x1,
+    conv2d_of_head,
+    deconv2x2,
+    join_windows,
+    normal_initializer,
+    shape_list,
+)
 
 # FPN.MRCNN_HEAD_FUNC -> norm of its convolutions
 HEADS = {"maskrcnn_up4conv_head": "None", "maskrcnn_up4conv_gn_head": "GN"}
 
 
-def mask_head(features, *, num_convs, channels, num_classes, norm, norm_first=False):
-    """Convolutions, upsampling by two, and one mask per class.
+def mask_head(features, labels, *, num_convs, channels, num_classes, norm, norm_first=False):
+    """Convolutions, upsampling by two, and of the masks of all classes each RoI's own.
 
     Args:
-        features: [F, M / 2, M / 2, D]. num_convs: 4 in FPN, 0 in C4. norm, norm_first: see `conv2d_of_head`.
+        features: [F, M / 2, M / 2, D]. labels: int64 [F] in 1..C. num_convs: 4 in FPN, 0 in C4.
+        norm, norm_first: see `conv2d_of_head`
     Returns:
-        logits float32 [F, M, M, C]
+        logits float32 [F, M, M]
     """
     x = features
     with tfv1.variable_scope("maskrcnn", reuse=tfv1.AUTO_REUSE):
         for i in range(num_convs):
             x = conv2d_of_head(f"fcn{i}", f"gn{i}", x, channels, norm=norm, norm_first=norm_first)
         x = deconv2x2("deconv", x, channels, initializer=HE_FAN_OUT, activation=tf.nn.relu)
-        logits = conv2d("conv", x, num_classes, 1, initializer=normal_initializer(0.001))
-    return tf.cast(logits, tf.float32)
-
-
-def of_label(logits, labels):
-    """Each RoI's mask of its own class: [F, M, M, C] and int64 [F] in 1..C -> [F, M, M]."""
-    _, height, width, classes = shape_list(logits)
-    rows = tf.transpose(tf.reshape(logits, [-1, height * width, classes]), [0, 2, 1])
-    return tf.reshape(tf.gather(rows, labels - 1, batch_dims=1), [-1, height, width])
+        return join_windows(
+            channel_of_conv1x1("conv", x, labels - 1, num_classes, initializer=normal_initializer(0.001))
+        )
 
 
 def mask_targets(packed_masks, image_shape, image_index, gt_index, boxes, *, resolution):

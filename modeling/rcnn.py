@@ -203,7 +203,7 @@ def build_training(image, image_shape, gt_boxes, gt_labels, image_id, sample_key
     del image_id  # travels with the batch for messages
     features, strides = _features(image, image_shape, training=True)
     logits, deltas, anchors = _rpn(features, strides, image_shape)
-    losses, metrics = _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sample_key)
+    losses, metrics = _rpn_losses(features, anchors, image_shape, gt_boxes, gt_labels, sample_key)
     proposals = _propose(logits, deltas, anchors, image_shape, training=True)
     rois = box_head.sample_rois(
         proposals,
@@ -240,7 +240,7 @@ def build_inference(image, image_shape):
     if not config.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
-    logits = mask_head.of_label(_mask_logits(roi_features.for_masks(boxes, image_index)), tf.maximum(labels, 1))
+    logits = _mask_logits(roi_features.for_masks(boxes, image_index), labels)
     return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
 
 
@@ -391,22 +391,28 @@ class _RoIFeatures:
 
 def _rpn(features, strides, image_shape):
     """RPN head and anchors of every level: lists of float32 logits [N, A], deltas [N, A, 4], rpn.Anchors."""
-    sizes, ratios = config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS
-    size_of_level = [[size] for size in sizes] if config.MODE_FPN else [sizes]
-    base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
-    if _conventions().rounded_anchors:
-        base_anchors = [np.round(anchors) for anchors in base_anchors]
-    logits, deltas = rpn.rpn_head(
-        features,
-        channels=config.FPN.NUM_CHANNEL if config.MODE_FPN else config.RPN.HEAD_DIM,
-        num_anchors=len(base_anchors[0]),
-    )
+    logits, deltas = rpn.rpn_head(features, **_rpn_options())
     distances = _fitted_distances(features, strides) if _conventions().fitted_anchors else strides
     anchors = [
         rpn.level_anchors(x, _valid_cells(image_shape, stride), stride=distance, base_anchors=base, level=level)
-        for level, (x, stride, distance, base) in enumerate(zip(features, strides, distances, base_anchors))
+        for level, (x, stride, distance, base) in enumerate(zip(features, strides, distances, _base_anchors()))
     ]
     return logits, deltas, anchors
+
+
+def _rpn_options():
+    return {
+        "channels": config.FPN.NUM_CHANNEL if config.MODE_FPN else config.RPN.HEAD_DIM,
+        "num_anchors": len(_base_anchors()[0]),
+    }
+
+
+def _base_anchors():
+    """The kinds of anchors of each level, centred on (0, 0): a list of float32 NumPy [K, 4]."""
+    sizes, ratios = config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS
+    size_of_level = [[size] for size in sizes] if config.MODE_FPN else [sizes]
+    base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
+    return [np.round(anchors) for anchors in base_anchors] if _conventions().rounded_anchors else base_anchors
 
 
 def _fitted_distances(features, strides):
@@ -423,9 +429,9 @@ def _valid_cells(image_shape, stride):
     return -(-padded // stride)
 
 
-def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sample_key):
-    """Losses and metrics of the RPN, from the lists of `_rpn`."""
-    logits, deltas, anchors = rpn.join_levels(logits, deltas, anchors)
+def _rpn_losses(features, anchors, image_shape, gt_boxes, gt_labels, sample_key):
+    """Losses and metrics of the RPN, on anchors picked from the list of `_rpn`."""
+    anchors = rpn.join_anchors(anchors)
     targets = rpn.anchor_targets(
         anchors.boxes,
         anchors.is_valid,
@@ -436,16 +442,16 @@ def _rpn_losses(logits, deltas, anchors, image_shape, gt_boxes, gt_labels, sampl
         background_iou=config.RPN.NEGATIVE_ANCHOR_THRESH,
         crowd_overlap=config.RPN.CROWD_OVERLAP_THRESH,
     )
-    losses, picked = rpn.rpn_losses(
-        logits,
-        deltas,
-        anchors.boxes,
-        targets,
-        gt_boxes,
+    picked = box_ops.sample(
+        targets.is_foreground,
+        targets.is_background,
         box_ops.random_keys(sample_key, anchors.identity, purpose="anchors"),
-        batch_per_image=config.RPN.BATCH_PER_IM,
+        size=config.RPN.BATCH_PER_IM,
         foreground_ratio=config.RPN.FG_RATIO,
     )
+    logits, deltas = rpn.rpn_head_at(features, picked.index, **_rpn_options())
+    sample = (targets.gt_index, gt_boxes, picked)
+    losses = rpn.rpn_losses(logits, deltas, anchors.boxes, *sample, batch_per_image=config.RPN.BATCH_PER_IM)
     return losses, rpn.rpn_metrics(logits, picked)
 
 
@@ -463,7 +469,7 @@ def _propose(logits, deltas, anchors, image_shape, *, training):
     if config.MODE_FPN and config.FPN.PROPOSAL_MODE == "Level":
         pre_nms_topk = post_nms_topk = getattr(config.RPN, f"{phase}_PER_LEVEL_NMS_TOPK")
     else:
-        logits, deltas, anchors = ([joined] for joined in rpn.join_levels(logits, deltas, anchors))
+        logits, deltas, anchors = [tf.concat(logits, axis=1)], [tf.concat(deltas, axis=1)], [rpn.join_anchors(anchors)]
         pre_nms_topk, post_nms_topk = (getattr(config.RPN, f"{phase}_{x}_NMS_TOPK") for x in ("PRE", "POST"))
     return rpn.propose(
         logits,
@@ -574,10 +580,12 @@ def _at_least_one(*tensors):
     return [tf.pad(x, [[0, is_empty]] + [[0, 0]] * (x.shape.rank - 1)) for x in tensors]
 
 
-def _mask_logits(features):
+def _mask_logits(features, labels):
+    """Of each RoI; the one that stands in for none has label 0, and gets the mask of another."""
     norm = mask_head.HEADS[config.FPN.MRCNN_HEAD_FUNC] if config.MODE_FPN else "None"
     return mask_head.mask_head(
         features,
+        tf.maximum(labels, 1),
         num_convs=4 if config.MODE_FPN else 0,
         channels=config.MRCNN.HEAD_DIM,
         num_classes=config.DATA.NUM_CATEGORY,
@@ -595,7 +603,7 @@ def _mask_branch(roi_features, box_features, rois, image_shape, gt_masks):
     )
     image, slot = tf.unstack(tf.cast(foreground, tf.int32), axis=1)
     x = roi_features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
-    logits = mask_head.of_label(_mask_logits(x), tf.maximum(labels, 1))
+    logits = _mask_logits(x, labels)
     targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
     loss = mask_head.mask_loss(logits, targets, image, is_real, num_images=n)
     metrics = mask_head.mask_metrics(logits, targets)

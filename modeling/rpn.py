@@ -36,11 +36,12 @@ class Proposals(NamedTuple):
     is_valid: tf.Tensor  # bool [N, P]
 
 
-def rpn_head(features, *, channels, num_anchors):
+def rpn_head(features, *, channels, num_anchors, padding="SAME"):
     """The head, shared by all levels.
 
     Args:
-        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell.
+        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of its
+            first convolution.
     Returns:
         logits: list of float32 [N, A]; deltas: list of float32 [N, A, 4]
     """
@@ -48,13 +49,48 @@ def rpn_head(features, *, channels, num_anchors):
     init = normal_initializer(0.01)
     for x in features:
         with tfv1.variable_scope("rpn", reuse=tfv1.AUTO_REUSE):
-            hidden = conv2d("conv0", x, channels, 3, initializer=init, activation=tf.nn.relu)
+            hidden = conv2d("conv0", x, channels, 3, initializer=init, padding=padding, activation=tf.nn.relu)
             level_logits = conv2d("class", hidden, num_anchors, 1, initializer=init)
             level_deltas = conv2d("box", hidden, 4 * num_anchors, 1, initializer=init)
         n = shape_list(x)[0]
         logits.append(tf.cast(tf.reshape(level_logits, [n, -1]), tf.float32))
         deltas.append(tf.cast(tf.reshape(level_deltas, [n, -1, 4]), tf.float32))
     return logits, deltas
+
+
+def rpn_head_at(features, index, *, channels, num_anchors):
+    """What `rpn_head` says of some anchors, computed again from the 3x3 cells around each.
+
+    A loss wants a few hundred of an image's 240,000 anchors. Through the whole maps its gradient, nearly all zeros,
+    would take an eighth of a training step's arithmetic; from here it takes next to none.
+
+    Args:
+        features: list of [N, H, W, C]. index: int32 [N, S], into the anchors of all levels joined.
+    Returns:
+        logits float32 [N, S], deltas float32 [N, S, 4]
+    """
+    patches = _patches(features, index // num_anchors)
+    options = dict(channels=channels, num_anchors=num_anchors, padding="VALID")
+    outputs = rpn_head([tf.reshape(patches, [-1, *patches.shape[2:]])], **options)
+    kind = tf.reshape(index % num_anchors, [-1])
+    logits, deltas = (tf.gather(x, kind, batch_dims=1) for (x,) in outputs)
+    return tf.reshape(logits, tf.shape(index)), tf.reshape(deltas, [*shape_list(index), 4])
+
+
+def _patches(features, cell):
+    """The 3x3 cells around each `cell`, zero outside its map: int32 [N, S] into all levels' -> [N, S, 3, 3, C]."""
+    total = 0
+    for x in features:
+        n, height, width, channels = shape_list(x)
+        rows = (cell // width)[:, :, None, None] + tf.constant([-1, 0, 1])[:, None]
+        columns = (cell % width)[:, :, None, None] + tf.constant([-1, 0, 1])
+        of_level = ((cell >= 0) & (cell < height * width))[:, :, None, None]
+        inside = of_level & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        place = tf.where(inside, rows * width + columns, 0)
+        found = tf.gather(tf.reshape(x, [n, height * width, channels]), place, batch_dims=1)
+        total += tf.where(inside[..., None], found, tf.zeros([], x.dtype))
+        cell -= height * width
+    return total
 
 
 def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
@@ -79,11 +115,10 @@ def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
     return Anchors(boxes, tf.reshape(identity, [-1]), is_valid)
 
 
-def join_levels(logits, deltas, anchors):
-    """All levels as one: lists of [N, A], [N, A, 4] and Anchors -> [N, A'], [N, A', 4] and Anchors."""
+def join_anchors(anchors):
+    """All levels as one."""
     boxes, identity = (tf.concat([getattr(level, name) for level in anchors], axis=0) for name in ("boxes", "identity"))
-    joined = Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))
-    return tf.concat(logits, axis=1), tf.concat(deltas, axis=1), joined
+    return Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))
 
 
 class AnchorTargets(NamedTuple):
@@ -131,33 +166,28 @@ def _is_covered_by_crowd(anchors, gt_boxes, gt_labels, crowd_overlap):
     return tf.reduce_any((ioa > crowd_overlap) & (gt_labels < 0)[:, None, :], axis=2)
 
 
-def rpn_losses(logits, deltas, anchors, targets, gt_boxes, keys, *, batch_per_image, foreground_ratio):
-    """Losses on a random sample of anchors, over all levels together; the mean over images.
+def rpn_losses(logits, deltas, anchors, gt_index, gt_boxes, picked, *, batch_per_image):
+    """Losses on a sample of S anchors per image, of all levels together; the mean over images.
 
     Args:
-        logits: float32 [N, A]. deltas: float32 [N, A, 4]. anchors: float32 [A, 4]. targets: AnchorTargets.
-        gt_boxes: float32 [N, G, 4]. keys: float32 [N, A], random.
+        logits: float32 [N, S]. deltas: float32 [N, S, 4]. anchors: float32 [A, 4]. gt_index: int32 [N, A].
+        gt_boxes: float32 [N, G, 4]. picked: Sample. batch_per_image: its intended size.
     Returns:
-        dict of scalars, each a sum over the sample / `batch_per_image`, and the Sample
+        dict of scalars, each a sum over the sample / `batch_per_image`
     """
-    picked = box_ops.sample(
-        targets.is_foreground, targets.is_background, keys, size=batch_per_image, foreground_ratio=foreground_ratio
-    )
     labels = tf.cast(picked.is_foreground, tf.float32)
-    picked_logits = tf.gather(logits, picked.index, batch_dims=1)
-    label_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=picked_logits)
+    label_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
     # Slots that are not foreground stand in with a pair of equal boxes, whose loss is then left out.
-    matched = tf.gather(gt_boxes, tf.gather(targets.gt_index, picked.index, batch_dims=1), batch_dims=1)
+    matched = tf.gather(gt_boxes, tf.gather(gt_index, picked.index, batch_dims=1), batch_dims=1)
     picked_anchors = tf.gather(anchors, picked.index)
     matched = tf.where(picked.is_foreground[..., None], matched, picked_anchors)
-    errors = tf.gather(deltas, picked.index, batch_dims=1) - box_ops.encode(matched, picked_anchors)
+    errors = deltas - box_ops.encode(matched, picked_anchors)
     box_losses = tf.reduce_sum(huber(errors, HUBER_DELTA), axis=2) / HUBER_DELTA
     per_image = float(batch_per_image) * tf.cast(tf.shape(logits)[0], tf.float32)
-    losses = {
+    return {
         "rpn_losses/label_loss": tf.reduce_sum(tf.where(picked.is_valid, label_losses, 0.0)) / per_image,
         "rpn_losses/box_loss": tf.reduce_sum(tf.where(picked.is_foreground, box_losses, 0.0)) / per_image,
     }
-    return losses, picked
 
 
 def huber(x, delta):
@@ -168,8 +198,8 @@ def huber(x, delta):
 
 
 def rpn_metrics(logits, picked):
-    """How the objectness of the sampled anchors stands: dict of scalars, for summaries only."""
-    positive = tf.gather(logits, picked.index, batch_dims=1) > 0.0
+    """How the objectness of the sampled anchors, logits [N, S], stands: dict of scalars, for summaries only."""
+    positive = logits > 0.0
     correct = tf.equal(positive, picked.is_foreground) & picked.is_valid
     found = positive & picked.is_foreground
     return {

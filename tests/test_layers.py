@@ -86,6 +86,7 @@ def test_names_of_the_variables_of_other_layers():
         layers.batch_norm("bn", x)
         layers.fully_connected("fc", x, 2)
         layers.deconv2x2("deconv", x, 2, initializer=layers.FAN_IN)
+        layers.channel_of_conv1x1("channel", x, tf.zeros([2], tf.int32), 3, initializer=layers.FAN_IN)
         return variables()
 
     with tf.Graph().as_default():
@@ -101,6 +102,8 @@ def test_names_of_the_variables_of_other_layers():
             "fc/b": (2,),
             "deconv/W": (2, 2, 2, 4),
             "deconv/b": (2,),
+            "channel/W": (1, 1, 4, 3),
+            "channel/b": (3,),
         }
         assert trainable() == set(shapes) - {"bn/mean/EMA", "bn/variance/EMA"}
 
@@ -235,9 +238,29 @@ def test_deconv2x2_equals_conv2d_transpose():
         v = variables()
         shape = [tf.shape(x)[0], 12, 10, 3]
         plain = tf.nn.relu(tf.nn.conv2d_transpose(x, v["deconv/W"], shape, 2) + v["deconv/b"])
+        y = tf.stack([layers.join_windows(y[..., i]) for i in range(3)], axis=-1)
         return [(y, tf.gradients(tf.reduce_sum(y * y), [x, v["deconv/W"], v["deconv/b"]])) for y in (y, plain)]
 
     (y, gradients), (expected, expected_gradients) = evaluate(build, MAP, random_variables=np.random.default_rng(11))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_channel_of_conv1x1_equals_the_convolution():
+    """Values, and the gradients of the input, W and b; a channel twice, and one not at all."""
+    index = np.array([2, 0, 2, 3])
+
+    def build(x):
+        y = layers.channel_of_conv1x1("conv", x, index, 4, initializer=layers.FAN_IN)
+        v = variables()
+        plain = tf.gather(tf.nn.conv2d(x, v["conv/W"], 1, "SAME") + v["conv/b"], index, axis=3, batch_dims=1)
+        wanted = [x, v["conv/W"], v["conv/b"]]
+        of = [tf.gradients(tf.reduce_sum(y * y), wanted) for y in (y, plain)]
+        return [(y, [tf.convert_to_tensor(g) for g in gradients]) for y, gradients in zip((y, plain), of)]
+
+    four = np.concatenate([MAP, -MAP[::-1]])
+    (y, gradients), (expected, expected_gradients) = evaluate(build, four, random_variables=np.random.default_rng(13))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-4)

@@ -39,6 +39,29 @@ def test_head_is_shared_and_ordered_by_row_column_and_kind():
         np.testing.assert_allclose(level_deltas, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_head_at_some_anchors_is_the_head_and_has_its_gradient():
+    """Each anchor of three maps, corners and all, some twice and some not at all, against the head on whole maps."""
+    rng = np.random.default_rng(1)
+    maps = [rng.normal(size=(2, *size, 4)).astype(np.float32) for size in ((3, 5), (2, 2), (1, 1))]
+    index = rng.permuted(np.tile(np.arange(60), (2, 2)), axis=1)[:, :90].astype(np.int32)
+    weights = [rng.normal(size=(2, 90, *sides)).astype(np.float32) for sides in ((), (4,))]
+
+    def build(index, *maps):
+        def gradients(outputs):
+            loss = tf.add_n([tf.reduce_sum(x * w) for x, w in zip(outputs, weights)])
+            return [tf.convert_to_tensor(x) for x in tf.gradients(loss, [*maps, *tfv1.trainable_variables()])]
+
+        options = dict(channels=6, num_anchors=3)
+        whole = [tf.gather(tf.concat(x, axis=1), index, batch_dims=1) for x in rpn.rpn_head(maps, **options)]
+        picked = rpn.rpn_head_at(maps, index, **options)
+        return (picked, gradients(picked)), (whole, gradients(whole))
+
+    (picked, gradients), (whole, expected) = evaluate(build, index, *maps, random_variables=rng)
+    assert len(expected) == 3 + 6
+    for x, y in zip([*picked, *gradients], [*whole, *expected]):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
 def level_anchors(height, width, valid_cells, *, stride=8, level=0):
     return rpn.Anchors(
         *evaluate(
@@ -197,7 +220,7 @@ def test_crowds_take_anchors_out_only_where_the_rule_is_on():
 
 
 def random_training_case(rng, images=2, count=40):
-    """Arguments of `rpn_losses`, without options."""
+    """Logits, deltas, anchors, targets, objects and random keys of what there is to sample from."""
     kind = rng.choice(3, (images, count), p=[0.5, 0.2, 0.3])
     return [
         rng.normal(0, 3, (images, count)).astype(np.float32),
@@ -214,16 +237,12 @@ def run_losses(case, *, batch_per_image=256, foreground_ratio=0.5):
     logits, deltas, anchors, targets, gt_boxes, keys = case
 
     def build(logits, deltas, anchors, gt_boxes, keys, *targets):
-        losses, picked = rpn.rpn_losses(
-            logits,
-            deltas,
-            anchors,
-            rpn.AnchorTargets(*targets),
-            gt_boxes,
-            keys,
-            batch_per_image=batch_per_image,
-            foreground_ratio=foreground_ratio,
-        )
+        targets = rpn.AnchorTargets(*targets)
+        sizes = dict(size=batch_per_image, foreground_ratio=foreground_ratio)
+        picked = box_ops.sample(targets.is_foreground, targets.is_background, keys, **sizes)
+        outputs = [tf.gather(x, picked.index, batch_dims=1) for x in (logits, deltas)]
+        sample = (targets.gt_index, gt_boxes, picked)
+        losses = rpn.rpn_losses(*outputs, anchors, *sample, batch_per_image=batch_per_image)
         losses = {name.split("/")[-1]: loss for name, loss in losses.items()}
         return losses, tf.gradients(sum(losses.values()), [logits, deltas]), picked
 
@@ -314,7 +333,7 @@ def test_losses_without_foreground_are_finite(background):
 def test_metrics_by_hand():
     """Picked: 1 of 2 foreground found, 1 of 2 background right; and a slot that is unused. The other image has none."""
     logits = [[2, -1, 3, -4, 9.0], [1, 1, 1, 1, 1.0]]
-    index = [[0, 1, 2, 3, 4]] * 2
+    index = np.zeros((2, 5))
     is_foreground = [[True, True, False, False, False], [False] * 5]
     is_valid = [[True, True, True, True, False], [False] * 5]
     metrics = evaluate(

@@ -6,7 +6,7 @@
 
 Each measurement is a process of its own. Where two are compared they take turns, so that a noisy machine is noisy for
 both; who waits does nothing. Both do the same work, which is printed: weights are random, so the numbers of proposals,
-RoIs, foreground masks and detections are set by thresholds.
+RoIs, foreground masks and detections are set by thresholds, and weights drawn until they suffice.
 """
 
 import argparse
@@ -52,6 +52,7 @@ class Case(NamedTuple):
     foreground_iou: float = 0.05  # low, so that random proposals suffice for all the foreground that a recipe samples
     proposal_iou: float = 0.8  # high, so that the NMS of random proposals leaves enough of them, in bfloat16 too
     candidates: int = 1000  # (RoI, class) pairs per image that compete to be detections
+    draws: int = 30  # of random weights, at most, until the proposals suffice for all the RoIs that training samples
 
 
 def synthetic_batch(case):
@@ -108,12 +109,18 @@ def prepare_training(case):
         cost = model.build_graph(*inputs)
         step = model.optimizer().minimize(cost)
     session = tfv1.Session(config=rcnn.session_config())
-    session.run(tfv1.global_variables_initializer())
+    initialize = tfv1.global_variables_initializer()
     batch = training_batch(case)
     feed = {placeholder: batch[placeholder.op.name] for placeholder in inputs}
     graph = tfv1.get_default_graph()
     counted = {name: graph.get_tensor_by_name(f"fastrcnn/{name}:0") for name in ("num_rois", "num_foreground")}
-    work = {name: float(value) for name, value in session.run(counted, feed).items()}
+
+    num_rois = config.FRCNN.BATCH_PER_IM
+    for _ in range(case.draws):
+        session.run(initialize)
+        work = {name: float(value) for name, value in session.run(counted, feed).items()}
+        if work == {"num_rois": num_rois, "num_foreground": int(num_rois * config.FRCNN.FG_RATIO)}:
+            break
     return (lambda: session.run([step, cost], feed)), work
 
 

@@ -193,9 +193,11 @@ def statistics_of(annotations, findings):
 
 def training_statistics(annotations, findings):
     """Sizes at which training sees the objects, beside the anchors; None where there are no objects."""
-    short_edge = max_size = config.PREPROC.TRAIN_CROP_SIZE  # large-scale jitter about this
-    if not max_size:
-        short_edge, (max_size, _) = int(np.min(config.PREPROC.TRAIN_SHORT_EDGE_SIZE)), data.network_geometry()
+    if config.PREPROC.TRAIN_CROP_SIZE:  # the scale about which large-scale jitter varies
+        short_edge = max_size = config.PREPROC.TRAIN_CROP_SIZE
+    else:
+        short_edge = int(np.min(config.PREPROC.TRAIN_SHORT_EDGE_SIZE))
+        max_size, _ = data.network_geometry()
     sizes = []
     for index, record in enumerate(annotations.records):
         height, width = data.resized_shape(record.height, record.width, short_edge=short_edge, max_size=max_size)

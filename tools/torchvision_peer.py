@@ -64,7 +64,8 @@ def prepare_inference(case, batch):
 
 def prepare_training(case, batch):
     """A step on the same batch again and again: losses, gradients and the update."""
-    model = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou).train()
+    model, work = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou), {}
+    model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     images = as_tensors(batch["image"])
@@ -77,15 +78,16 @@ def prepare_training(case, batch):
         for i in range(case.batch)
     ]
 
-    def run():
+    def forward():
         with autocast(case):
-            losses = model([image.clone() for image in images], targets)
-            cost = sum(losses.values())
+            return sum(model([image.clone() for image in images], targets).values())
+
+    def run():
+        cost = forward()
         optimizer.zero_grad()
         cost.backward()
         optimizer.step()
 
-    work = {}
     heads = model.roi_heads
     handles = [
         heads.box_predictor.register_forward_hook(
@@ -95,10 +97,24 @@ def prepare_training(case, batch):
             counter(work, "num_foreground", lambda inputs, output: len(output) / case.batch)
         ),
     ]
-    run()
+    sampler = heads.fg_bg_sampler
+    num_rois = sampler.batch_size_per_image
+    for _ in range(case.draws):
+        draw_weights(model)
+        with torch.no_grad():
+            forward()
+        if work == {"num_rois": num_rois, "num_foreground": int(num_rois * sampler.positive_fraction)}:
+            break
     for handle in handles:
         handle.remove()
     return run, work
+
+
+def draw_weights(model):
+    """Give the RPN, which decides what is picked, other random weights."""
+    for layer in model.rpn.head.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.normal_(layer.weight, std=0.01)
 
 
 PREPARE = {"inference": prepare_inference, "training": prepare_training}
