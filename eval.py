@@ -13,6 +13,7 @@ float32 [R, M, M] (probabilities inside the box) or None.
 
 import argparse
 import contextlib
+import ctypes
 import itertools
 import json
 import math
@@ -140,12 +141,24 @@ def load_predictor(checkpoint_path):
     Raises:
         CheckpointError: the checkpoint is unreadable or of another model.
     """
+    _keep_freed_memory()
     with tf.Graph().as_default():
         inference = rcnn.Inference()
         session = tf.Session(config=rcnn.session_config())
         _, lines = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
     logger.info("\n".join(lines))
     return with_augmentation(inference.bind(session))
+
+
+def _keep_freed_memory():
+    """Has glibc keep what this process frees for what it allocates next. By default it returns the larger maps of every
+    batch to the system, which zeroes them before they come back: a tenth of the time of four images in bfloat16.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems may have none
+    if mallopt:
+        trim_threshold, mmap_max = -1, -4  # glibc's names for the two settings
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def with_augmentation(predict):

@@ -28,9 +28,10 @@ import tensorflow as tf
 
 import checkpoint
 import data
+import image_ops
 from config import UserError, config, uses_augmentation
 from eval import ImageDetections
-from modeling import image_ops, rcnn
+from modeling import rcnn
 
 tfv1 = tf.compat.v1
 SERVE = "serve"  # the tag of a SavedModel that is made for serving

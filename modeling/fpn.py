@@ -10,7 +10,7 @@ def fpn(features, *, channels, norm):
     """Top-down pathway with lateral connections, and a coarser level on top for the proposals.
 
     Args:
-        features: [c2, c3, c4, c5], each [N, H / stride, W / stride, C] of strides 4 to 32
+        features: [c2, c3, c4, c5], each [N, H / stride, W / stride, C] of strides 4 to 32; H and W multiples of 32
         channels: of every output level. norm: "None" or "GN".
     Returns:
         [p2, p3, p4, p5, p6], each [N, H / stride, W / stride, channels] of strides 4 to 64
@@ -28,7 +28,7 @@ def fpn(features, *, channels, norm):
             merged.insert(0, _add_upsampled(x, merged[0]) if merged else x)
         outputs = []
         for level, x in zip(levels, merged):
-            x = conv2d(f"posthoc_3x3_p{level}", x, channels, 3, initializer=FAN_IN)
+            x = conv2d(f"posthoc_3x3_p{level}", x, channels, 3, initializer=FAN_IN, is_large=level == 2)
             outputs.append(normalise(f"gn_p{level}", x))
     return outputs + [outputs[-1][:, ::2, ::2]]
 

@@ -79,7 +79,7 @@ def rpn_head_at(features, index, *, channels, num_anchors):
 
 def _patches(features, cell):
     """The 3x3 cells around each `cell`, zero outside its map: int32 [N, S] into all levels' -> [N, S, 3, 3, C]."""
-    total = 0
+    of_levels = []
     for x in features:
         n, height, width, channels = shape_list(x)
         rows = (cell // width)[:, :, None, None] + tf.constant([-1, 0, 1])[:, None]
@@ -88,9 +88,9 @@ def _patches(features, cell):
         inside = of_level & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         place = tf.where(inside, rows * width + columns, 0)
         found = tf.gather(tf.reshape(x, [n, height * width, channels]), place, batch_dims=1)
-        total += tf.where(inside[..., None], found, tf.zeros([], x.dtype))
+        of_levels.append(tf.where(inside[..., None], found, tf.zeros([], x.dtype)))
         cell -= height * width
-    return total
+    return tf.add_n(of_levels)
 
 
 def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):

@@ -14,7 +14,7 @@ from tensorpack.dataflow import DataFlowTerminated
 import callbacks
 import checkpoint
 from config import ConfigError
-from modeling.rcnn import AccumulatedOptimizer
+from optimizers import Accumulated
 
 RECIPE = dict(
     base_lr=0.01,
@@ -123,7 +123,7 @@ def test_accumulated_updates_are_momentum_steps_on_means():
     with tf.Graph().as_default(), tfv1.Session() as session:
         variable = tfv1.get_variable("x", [2], initializer=tf.zeros_initializer())
         gradient = tfv1.placeholder(tf.float32, [2])
-        optimizer = AccumulatedOptimizer(tfv1.train.MomentumOptimizer(rate, 0.9), steps)
+        optimizer = Accumulated(tfv1.train.MomentumOptimizer(rate, 0.9), steps)
         step = optimizer.apply_gradients([(gradient, variable)])
         session.run(tfv1.global_variables_initializer())
         found = []

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import boxes as np_boxes
 import data
-from modeling import image_ops
+import image_ops
 
 tfv1 = tf.compat.v1
 

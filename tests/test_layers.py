@@ -227,6 +227,25 @@ def test_fully_connected_of_vectors():
     np.testing.assert_allclose(y, x @ values["fc/W"] + values["fc/b"], rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_a_large_map_is_that_of_any_map():
+    """In bfloat16, of values that it holds exactly; bands of 8 rows, of which the outer ones have a neighbour less."""
+    rng = np.random.default_rng(14)
+    x, dy, kernel = (
+        rng.integers(-2, 3, shape).astype(np.float32) for shape in ((2, 24, 5, 4), (2, 24, 5, 3), (3, 3, 4, 3))
+    )
+
+    def build(x, dy):
+        low = tf.cast(x, tf.bfloat16)
+        y = layers.conv2d("conv", low, 3, 3, initializer=tf.constant_initializer(kernel), is_large=True)
+        assert y.op.inputs[0].op.get_attr("_gradient_op_type") == b"Conv2DOfLargeMap"
+        variable = variables()["conv/W"]
+        plain = tf.nn.conv2d(x, variable, 1, "SAME")
+        return tf.gradients(y, [x, variable], tf.cast(dy, tf.bfloat16)), tf.gradients(plain, [x, variable], dy)
+
+    for gradient, expected in zip(*evaluate(build, x, dy)):
+        np.testing.assert_allclose(gradient, expected, rtol=2**-8)
+
+
 # ----------------------------------------------------------------------------------------------- transposed convolution
 
 

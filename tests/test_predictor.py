@@ -1,5 +1,6 @@
 """eval.Predictor as other programs use it: several models, many threads, mistakes."""
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -62,3 +63,19 @@ def test_settings_return_after_an_error():
         config.freeze()
         raise RuntimeError
     assert config.to_dict() == before
+
+
+class Mallinfo2(ctypes.Structure):
+    """What glibc says of its memory; the fourth number counts the pieces that it mapped singly, and will give back."""
+
+    _fields_ = [(f"number{i}", ctypes.c_size_t) for i in range(1, 11)]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc 2.33 and later")
+def test_freed_memory_is_kept(run):
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Mallinfo2
+    Predictor(run)
+    mapped = mallinfo2().number4
+    large = np.ones(2**25)
+    assert mallinfo2().number4 == mapped, large.nbytes
