@@ -136,7 +136,8 @@ class Predictor:
 def load_predictor(checkpoint_path):
     """Returns the callable `predict` (see top) of the configured model with the checkpoint's weights.
 
-    `checkpoint_path` is what `checkpoint.resolve` returns. The session lives as long as the callable.
+    `checkpoint_path` is what `checkpoint.resolve` returns. The session lives as long as the callable. From now on the
+    process keeps the memory that it frees.
 
     Raises:
         CheckpointError: the checkpoint is unreadable or of another model.
@@ -156,9 +157,10 @@ def _keep_freed_memory():
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems may have none
     if mallopt:
-        trim_threshold, mmap_max = -1, -4  # glibc's names for the two settings
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # glibc's names of settings
+        mallopt(trim_threshold, -1)  # never
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(arena_max, 1)  # the arenas of other threads have no room for large maps
 
 
 def with_augmentation(predict):

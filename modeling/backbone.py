@@ -72,7 +72,7 @@ def _conv1x1(name, x, channels, stride, **options):
     """[N, H, W, C] -> [N, floor(H / stride), floor(W / stride), channels]: of an odd side, the last pixel is lost."""
     if stride == 2:
         _, height, width, _ = shape_list(x)
-        x = x[:, : height // 2 * 2, : width // 2 * 2]  # no copy where both are even
+        x = x[:, : height // 2 * 2, : width // 2 * 2]  # no copy forward where both are even
     return conv2d_norm(name, x, channels, 1, stride=stride, **options)
 
 

@@ -38,7 +38,7 @@ def _add_upsampled(fine, coarse):
     """`fine` [N, 2 H, 2 W, C] + `coarse` [N, H, W, C] enlarged twice, without making the enlarged map."""
 
     def gradient(dy):
-        return dy, 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")  # the sum of each window, which is slower as a sum
+        return dy, 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")  # the sum of each window; reduce_sum takes longer
 
     n, height, width, channels = shape_list(coarse)
     windows = tf.reshape(fine, [n, height, 2, width, 2, channels])

@@ -17,7 +17,7 @@ from tensorpack.tfutils.tower import get_current_tower_context
 
 tfv1 = tf.compat.v1
 
-BAND = 8  # rows
+BAND = 8  # rows that the gradient of a large map's kernel takes at a time: p2 has a multiple of them
 NORM_EPSILON = 1e-5
 EMA_DECAY = 0.9  # of SyncBN's statistics
 NORM_SCOPES = {"FreezeBN": "bn", "SyncBN": "bn", "GN": "gn"}
@@ -89,8 +89,10 @@ def _gradient_in_bands(op, dy):
     of rows: in bfloat16, oneDNN takes 1.5 times as long for a map of 200x304 as for its bands, copies included.
     """
     x, kernel = op.inputs
-    options = dict(strides=[1, 1, 1, 1], padding="SAME")
-    dx = tf.raw_ops.Conv2DBackpropInput(input_sizes=tf.shape(x), filter=kernel, out_backprop=dy, **options)
+    strides = [1, 1, 1, 1]
+    dx = tf.raw_ops.Conv2DBackpropInput(
+        input_sizes=tf.shape(x), filter=kernel, out_backprop=dy, strides=strides, padding="SAME"
+    )
     _, height, width, channels = shape_list(x)
     rows = tf.range(0, height, BAND)[:, None] + tf.range(BAND + 2)  # each band with a neighbour above and below
     bands = tf.gather(tf.pad(x, explicit_padding(1, 1)), rows, axis=1)
@@ -98,7 +100,8 @@ def _gradient_in_bands(op, dy):
         input=tf.reshape(bands, [-1, BAND + 2, width + 2, channels]),
         filter_sizes=kernel.shape,
         out_backprop=tf.reshape(dy, [-1, BAND, width, kernel.shape[3]]),
-        **options | {"padding": "VALID"},
+        strides=strides,
+        padding="VALID",
     )
     return dx, dkernel
 
@@ -109,7 +112,8 @@ def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=
 
     Args:
         x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts with 0.
-        is_large: of a 3x3 kernel: whether the map has a multiple of BAND rows, and many of them
+        padding: "SAME" or "VALID"
+        is_large: whether the map has many rows, a multiple of BAND; for 3x3 kernels and "SAME"
     Returns:
         [N, H, W, channels], dtype of `x`; smaller than it with "VALID" padding
     """

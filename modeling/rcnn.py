@@ -361,8 +361,15 @@ def _rpn_losses(features, anchors, image_shape, gt_boxes, gt_labels, sample_key)
         foreground_ratio=config.RPN.FG_RATIO,
     )
     logits, deltas = rpn.rpn_head_at(features, picked.index, **_rpn_options())
-    sample = (targets.gt_index, gt_boxes, picked)
-    losses = rpn.rpn_losses(logits, deltas, anchors.boxes, *sample, batch_per_image=config.RPN.BATCH_PER_IM)
+    losses = rpn.rpn_losses(
+        logits,
+        deltas,
+        anchors.boxes,
+        targets.gt_index,
+        gt_boxes,
+        picked,
+        batch_per_image=config.RPN.BATCH_PER_IM,
+    )
     return losses, rpn.rpn_metrics(logits, picked)
 
 
@@ -492,7 +499,7 @@ def _at_least_one(*tensors):
 
 
 def _mask_logits(features, labels):
-    """Of each RoI; the one that stands in for none has label 0, and gets the mask of another."""
+    """float32 [F, M, M], of each RoI's class. The RoI that stands in for none has label 0, and a mask nobody uses."""
     norm = mask_head.HEADS[config.FPN.MRCNN_HEAD_FUNC] if config.MODE_FPN else "None"
     return mask_head.mask_head(
         features,

@@ -41,7 +41,7 @@ def rpn_head(features, *, channels, num_anchors, padding="SAME"):
 
     Args:
         features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of its
-            first convolution.
+            first convolution; "VALID" takes away one cell on each side.
     Returns:
         logits: list of float32 [N, A]; deltas: list of float32 [N, A, 4]
     """
@@ -78,7 +78,13 @@ def rpn_head_at(features, index, *, channels, num_anchors):
 
 
 def _patches(features, cell):
-    """The 3x3 cells around each `cell`, zero outside its map: int32 [N, S] into all levels' -> [N, S, 3, 3, C]."""
+    """The 3x3 cells around each of some cells, zero outside their map.
+
+    Args:
+        features: list of [N, H, W, C]. cell: int32 [N, S], counted over all levels.
+    Returns:
+        [N, S, 3, 3, C]
+    """
     of_levels = []
     for x in features:
         n, height, width, channels = shape_list(x)

@@ -251,13 +251,14 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
     channels = foreign.WIDTH * 32 if options.get("is_c4") else foreign.CHANNELS
     rois = rng.normal(size=(6, 7, 7, channels)).astype(np.float32)
     side = 7 if options.get("is_c4") else 14
-    mask_rois = rng.normal(size=(2, side, side, channels)).astype(np.float32)
+    labels = np.arange(1, foreign.NUM_CLASSES + 1)
+    mask_rois = rng.normal(size=(len(labels), side, side, channels)).astype(np.float32)
     with tf.Graph().as_default(), tfv1.Session() as session:
         rcnn.Inference()
         with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=True):
             agnostic = settings.FPN.CASCADE
             heads = [rcnn._head_outputs(tf.constant(rois), scope, class_agnostic=agnostic) for scope in scopes]
-            masks = rcnn._mask_logits(tf.constant(mask_rois)) if settings.MODE_MASK else tf.zeros([])
+            masks = rcnn._mask_logits(tf.constant(mask_rois), labels) if settings.MODE_MASK else tf.zeros([])
         matched, _ = checkpoint.load(tmp_path / "out.npz", session, check=checkpoint.check_complete)
         assert not matched.unused
         heads, masks = session.run((heads, masks))
@@ -265,7 +266,7 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
         stage = f"{k}." if settings.FPN.CASCADE else ""
         check_box_outputs(logits, deltas, *foreign.box_outputs(arrays, rois, stage))
     if settings.MODE_MASK:
-        expected = foreign.mask_logits(arrays, mask_rois)
+        expected = foreign.mask_logits(arrays, mask_rois)[labels - 1, :, :, labels - 1]
         np.testing.assert_allclose(masks, expected, atol=1e-4 * np.abs(expected).max())
 
 

@@ -241,8 +241,7 @@ def run_losses(case, *, batch_per_image=256, foreground_ratio=0.5):
         sizes = dict(size=batch_per_image, foreground_ratio=foreground_ratio)
         picked = box_ops.sample(targets.is_foreground, targets.is_background, keys, **sizes)
         outputs = [tf.gather(x, picked.index, batch_dims=1) for x in (logits, deltas)]
-        sample = (targets.gt_index, gt_boxes, picked)
-        losses = rpn.rpn_losses(*outputs, anchors, *sample, batch_per_image=batch_per_image)
+        losses = rpn.rpn_losses(*outputs, anchors, targets.gt_index, gt_boxes, picked, batch_per_image=batch_per_image)
         losses = {name.split("/")[-1]: loss for name, loss in losses.items()}
         return losses, tf.gradients(sum(losses.values()), [logits, deltas]), picked
 

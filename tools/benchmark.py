@@ -6,7 +6,7 @@
 
 Each measurement is a process of its own. Where two are compared they take turns, so that a noisy machine is noisy for
 both; who waits does nothing. Both do the same work, which is printed: weights are random, so the numbers of proposals,
-RoIs, foreground masks and detections are set by thresholds, and weights drawn until they suffice.
+RoIs, foreground masks and detections are set by thresholds, and weights drawn until they suffice (30 times at most).
 """
 
 import argparse
@@ -114,7 +114,6 @@ def prepare_training(case):
     feed = {placeholder: batch[placeholder.op.name] for placeholder in inputs}
     graph = tfv1.get_default_graph()
     counted = {name: graph.get_tensor_by_name(f"fastrcnn/{name}:0") for name in ("num_rois", "num_foreground")}
-
     num_rois = config.FRCNN.BATCH_PER_IM
     for _ in range(case.draws):
         session.run(initialize)

@@ -64,8 +64,8 @@ def prepare_inference(case, batch):
 
 def prepare_training(case, batch):
     """A step on the same batch again and again: losses, gradients and the update."""
-    model, work = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou), {}
-    model.train()
+    model = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou).train()
+    work = {}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=1e-6, momentum=0.9, weight_decay=1e-4)
     images = as_tensors(batch["image"])
