@@ -82,6 +82,7 @@ class Predictor:
 
     Threads may call one Predictor at the same time: a call is one run of the graph, and nothing else is shared. Models
     of different settings can live in one process, as settings are read when the Predictor is made, not when it is used.
+    The process keeps the memory that it frees: see `load_predictor`.
 
     Attributes:
         class_names: tuple of str, C long.

@@ -441,7 +441,8 @@ def test_copies_and_pickles_keep_the_values():
 
 def test_save_and_load(tmp_path):
     path = tmp_path / "config.json"
-    first = updated(*RECIPES["R101-FPN-GN 9x Cascade"], "DATA.TRAIN=('ä','b c')", "TRAIN.NUM_GPUS=3", "TRAIN.BASE_LR=1")
+    overrides = ["DATA.TRAIN=('ä','b c')", "TRAIN.NUM_GPUS=3", "TRAIN.BASE_LR=1"]
+    first = updated(*RECIPES["R101-FPN-GN 9x Cascade"], *overrides)
     first.freeze()
     first.save(path)
     second = Config()

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling, alone and with accumulation, momentum and several towers."""
+"""Accumulated gradients, and dynamic loss scaling, alone and with accumulation, momentum and several towers."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,28 @@ import tensorflow as tf
 from tensorpack.compat import tfv1
 
 import optimizers
+
+
+def test_accumulated_updates_are_momentum_steps_on_means():
+    steps, rate = 3, 0.1
+    gradients = np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32)
+    weight, momentum, expected = np.zeros(2), np.zeros(2), []
+    for i in range(len(gradients)):
+        if i % steps == steps - 1:
+            momentum = 0.9 * momentum + gradients[i - steps + 1 : i + 1].mean(axis=0)
+            weight = weight - rate * momentum
+        expected.append(weight)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        variable = tfv1.get_variable("x", [2], initializer=tf.zeros_initializer())
+        gradient = tfv1.placeholder(tf.float32, [2])
+        optimizer = optimizers.Accumulated(tfv1.train.MomentumOptimizer(rate, 0.9), steps)
+        step = optimizer.apply_gradients([(gradient, variable)])
+        session.run(tfv1.global_variables_initializer())
+        found = []
+        for value in gradients:
+            session.run(step, {gradient: value})
+            found.append(session.run(variable))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class TestLossScaled:
