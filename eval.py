@@ -13,7 +13,6 @@ float32 [R, M, M] (probabilities inside the box) or None.
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import json
 import math
@@ -37,11 +36,11 @@ import checkpoint
 import data
 import metrics
 import report
+import sessions
 import tta
 from checkpoint import unused_path
 from config import UserError, config, uses_augmentation
 from metrics import EvaluationError, NonFiniteError
-from modeling import rcnn
 from ranks import Ranks
 
 POST_THREADS = 4
@@ -143,25 +142,13 @@ def load_predictor(checkpoint_path):
     Raises:
         CheckpointError: the checkpoint is unreadable or of another model.
     """
-    _keep_freed_memory()
+    sessions.keep_freed_memory()
     with tf.Graph().as_default():
-        inference = rcnn.Inference()
-        session = tf.Session(config=rcnn.session_config())
+        inference = sessions.Inference()
+        session = tf.Session(config=sessions.session_config())
         _, lines = checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
     logger.info("\n".join(lines))
     return with_augmentation(inference.bind(session))
-
-
-def _keep_freed_memory():
-    """Has glibc keep what this process frees for what it allocates next. By default it returns the larger maps of every
-    batch to the system, which zeroes them before they come back: a tenth of the time of four images in bfloat16.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems may have none
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # glibc's names of settings
-        mallopt(trim_threshold, -1)  # never
-        mallopt(mmap_max, 0)
-        mallopt(arena_max, 1)  # the arenas of other threads have no room for large maps
 
 
 def with_augmentation(predict):
@@ -515,7 +502,7 @@ class EvalCallback(Callback):
         """
         Args:
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `predict`
-                (see top) with the variables of the training: modeling.rcnn.Inference.
+                (see top) with the variables of the training: sessions.Inference.
             datasets: list of Datasets.
             period_epochs: 0 means only after the last epoch.
             output_dir: folder for the results.

@@ -29,6 +29,7 @@ import tensorflow as tf
 import checkpoint
 import data
 import image_ops
+import sessions
 from config import UserError, config, uses_augmentation
 from eval import ImageDetections
 from modeling import rcnn
@@ -242,7 +243,7 @@ def _write(kind, checkpoint_path, folder, file):
     Returns:
         the tensors' names of the format's main signature: of its inputs and of its outputs, two dicts
     """
-    with tf.Graph().as_default() as graph, tfv1.Session(config=rcnn.session_config()) as session:
+    with tf.Graph().as_default() as graph, tfv1.Session(config=sessions.session_config()) as session:
         signatures = _with_output_names(kind.build())
         checkpoint.load(checkpoint_path, session, check=checkpoint.check_complete)
         if folder:
@@ -283,7 +284,7 @@ def _write_saved_model(folder, session, signatures, *, keys_are_names):
 
 def _run(path, load, input_names, output_names, feed):
     """What an exported model returns: `load` brings it into the session's graph."""
-    with tf.Graph().as_default() as graph, tfv1.Session(graph=graph, config=rcnn.session_config()) as session:
+    with tf.Graph().as_default() as graph, tfv1.Session(graph=graph, config=sessions.session_config()) as session:
         load(session, path)
         return session.run(output_names, {input_names[key]: value for key, value in feed.items()})
 

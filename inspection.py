@@ -15,6 +15,7 @@ from tensorpack.compat import tfv1 as tf
 import boxes as np_boxes
 import checkpoint
 import data
+import sessions
 import viz
 from config import UserError, config
 from eval import predict_images
@@ -48,8 +49,8 @@ class Inspector:
         """
         self._graph = tf.Graph()
         with self._graph.as_default():
-            self._inference = rcnn.Inference()
-            self._session = tf.Session(config=rcnn.session_config())
+            self._inference = sessions.Inference()
+            self._session = tf.Session(config=sessions.session_config())
             checkpoint.load(checkpoint_path, self._session, check=checkpoint.check_complete)
             self._predict = self._inference.bind(self._session)
         self._graph.finalize()

@@ -204,6 +204,7 @@ def train(run):
     from tensorpack.utils import logger
 
     import callbacks
+    import sessions
     from modeling import rcnn
 
     tfv1.disable_eager_execution()
@@ -224,7 +225,7 @@ def train(run):
     saver, guard = make_guards(run, schedule, snapshot, model=model, stream=stream, batches=batches)
     tfv1.set_random_seed(config.TRAIN.SEED)
     session_creator = NewSessionCreator()
-    session_creator.config = rcnn.session_config(towers=towers)  # given to the constructor it would be warned about
+    session_creator.config = sessions.session_config(towers=towers)  # given to the constructor it would be warned about
     try:
         launch_train_with_config(
             TrainConfig(
@@ -366,7 +367,7 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
     import callbacks
     import inspection
     from eval import EvalCallback
-    from modeling.rcnn import Inference, TowerInference
+    from sessions import Inference, TowerInference
 
     pictures = functools.partial(inspection.compare_with_truth, count=config.TRAIN.EVAL_PICTURES)
     return [

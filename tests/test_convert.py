@@ -26,6 +26,7 @@ from tensorpack.compat import tfv1
 
 import boxes
 import checkpoint
+import sessions
 from config import Config, UserError
 from dataset import shapes
 from modeling import backbone, box_ops, rcnn
@@ -176,8 +177,8 @@ def detector(tmp_path_factory):
 
 def detect(path, image):
     """Detections of one image, uint8 [H, W, 3] BGR, which enters the network as it is."""
-    with tf.Graph().as_default(), tfv1.Session(config=rcnn.session_config()) as session:
-        inference = rcnn.Inference()
+    with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
+        inference = sessions.Inference()
         checkpoint.load(path, session, check=checkpoint.check_complete)
         return inference.bind(session)(image[None], np.array([image.shape[:2]], np.int32))
 
@@ -254,7 +255,7 @@ def test_heads_of_detectron2_compute_what_they_compute_there(variant, tmp_path, 
     labels = np.arange(1, foreign.NUM_CLASSES + 1)
     mask_rois = rng.normal(size=(len(labels), side, side, channels)).astype(np.float32)
     with tf.Graph().as_default(), tfv1.Session() as session:
-        rcnn.Inference()
+        sessions.Inference()
         with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=True):
             agnostic = settings.FPN.CASCADE
             heads = [rcnn._head_outputs(tf.constant(rois), scope, class_agnostic=agnostic) for scope in scopes]

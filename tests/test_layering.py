@@ -19,6 +19,7 @@ LINES = (
     {"metrics", "charts", "tta", "image_ops"},
     {"callbacks", "checkpoint"},
     {"replicas", "ranks", "watchdog"},
+    {"sessions"},
     {"modeling.rcnn"},
     {f"modeling.{part}" for part in ("backbone", "fpn", "rpn", "box_head", "cascade", "mask_head")},
     {"modeling.layers", "modeling.box_ops", "optimizers"},

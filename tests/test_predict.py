@@ -425,9 +425,9 @@ import sys
 from config import config
 config.load(sys.argv[1] + "/config.json")
 from tensorpack.compat import tfv1 as tf
-from modeling import rcnn
+import sessions
 with tf.Graph().as_default(), tf.Session() as session:
-    rcnn.Inference()
+    sessions.Inference()
     session.run(tf.global_variables_initializer())
     tf.train.Saver().save(session, sys.argv[1] + "/model-1")
 """

@@ -14,6 +14,7 @@ from tensorpack.compat import tfv1
 from tensorpack.tfutils.tower import TowerContext
 
 import checkpoint
+import sessions
 from config import Config
 from modeling import rcnn
 
@@ -112,7 +113,7 @@ class TrainingGraph:
         variables = tfv1.trainable_variables()
         self.gradients = dict(zip((v.op.name for v in variables), tf.gradients(cost, variables)))
         self._norms = {name: tf.norm(gradient) for name, gradient in self.gradients.items() if gradient is not None}
-        self._session = tfv1.Session(config=rcnn.session_config())
+        self._session = tfv1.Session(config=sessions.session_config())
         self._session.run(tfv1.global_variables_initializer())
         self.shapes = load_synthetic(self._session)
         self.trainable = set(self.gradients)
@@ -133,8 +134,8 @@ class InferenceGraph:
             return made[-1]
 
         monkeypatch.setattr(rcnn, "_propose", spy)
-        self.inference = inference = rcnn.Inference()
-        self._session = tfv1.Session(config=rcnn.session_config())
+        self.inference = inference = sessions.Inference()
+        self._session = tfv1.Session(config=sessions.session_config())
         self.shapes = load_synthetic(self._session)
         self.predict = inference.bind(self._session)
         self._proposals, self._inputs = made[0], inference.inputs
@@ -355,7 +356,7 @@ def test_bfloat16_features_are_close_to_float32(recipe, configure, monkeypatch):
     monkeypatch.setattr(rcnn, "fpn", lambda maps, **kwargs: backbone_features.append(maps) or pyramid(maps, **kwargs))
     for precision in ("float32", "bfloat16"):
         configure(*golden["overrides"].tolist(), f"TEST.PRECISION={precision}")
-        with tf.Graph().as_default(), tfv1.Session(config=rcnn.session_config()) as session:
+        with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
             inputs = [tfv1.placeholder(tf.uint8, [None, None, None, 3]), tfv1.placeholder(tf.int32, [None, 2])]
             with TowerContext("", is_training=False):
                 pyramid_features, _ = rcnn._features(*inputs, training=False)
@@ -420,7 +421,7 @@ def not_fused(nodes):
 def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, configure, monkeypatch):
     configure(*SMALL, f"TEST.PRECISION={precision}")
     ran = []
-    monkeypatch.setattr(rcnn, "session_config", lambda: tfv1.ConfigProto(inter_op_parallelism_threads=1))
+    monkeypatch.setattr(sessions, "session_config", lambda: tfv1.ConfigProto(inter_op_parallelism_threads=1))
     with tf.Graph().as_default():
         graph = InferenceGraph(monkeypatch)
     for count in (1, 3):

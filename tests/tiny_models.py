@@ -4,8 +4,8 @@ import numpy as np
 from tensorpack.compat import tfv1 as tf
 
 import checkpoint
+import sessions
 from config import config
-from modeling import rcnn
 
 SETTINGS = (
     *("BACKBONE.WIDTH=4", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=8", "RPN.HEAD_DIM=16"),
@@ -27,7 +27,7 @@ def make_model(folder, name):
     with config.temporary(), tf.Graph().as_default(), tf.Session() as session:
         config.update([*SETTINGS, *MODELS[name]])
         config.save(folder / "config.json")
-        rcnn.Inference()
+        sessions.Inference()
         session.run(tf.global_variables_initializer())
         checkpoint.assign(session, _last_layers(np.random.default_rng(0)))
         tf.train.Saver().save(session, str(folder / "model-1"))

@@ -99,6 +99,7 @@ def prepare_training(case):
     from tensorpack.compat import tfv1
     from tensorpack.tfutils.tower import TowerContext
 
+    import sessions
     from modeling import rcnn
 
     config.freeze()
@@ -108,7 +109,7 @@ def prepare_training(case):
     with TowerContext("", is_training=True):
         cost = model.build_graph(*inputs)
         step = model.optimizer().minimize(cost)
-    session = tfv1.Session(config=rcnn.session_config())
+    session = tfv1.Session(config=sessions.session_config())
     initialize = tfv1.global_variables_initializer()
     batch = training_batch(case)
     feed = {placeholder: batch[placeholder.op.name] for placeholder in inputs}
@@ -160,12 +161,12 @@ def save_random_weights(path, images, candidates):
     from tensorpack.compat import tfv1
 
     import checkpoint
-    from modeling import rcnn
+    import sessions
 
     _, multiple = network_geometry()
     image, image_shape = pad_images(images[:1], multiple=multiple)
-    with tf.Graph().as_default() as graph, tfv1.Session(config=rcnn.session_config()) as session:
-        rcnn.Inference()
+    with tf.Graph().as_default() as graph, tfv1.Session(config=sessions.session_config()) as session:
+        sessions.Inference()
         session.run(tfv1.global_variables_initializer())
         weights = session.run(checkpoint.model_variables())
         for name, value in weights.items():
@@ -340,10 +341,10 @@ def convolution_rate(precision, *, repeat=5):
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
-    from modeling import rcnn
+    import sessions
 
     shape, channels = (1, 200, 304, 256), 256
-    with tf.Graph().as_default(), tfv1.Session(config=rcnn.session_config()) as session:
+    with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
         dtype = tf.as_dtype(precision)
         x = tfv1.Variable(tf.cast(tf.ones(shape), dtype))
         kernel = tfv1.Variable(tf.cast(tf.ones((3, 3, channels, channels)), dtype))
