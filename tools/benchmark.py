@@ -36,7 +36,10 @@ COMPARED = ("training", "inference")  # parts that torchvision has, too
 CLASSES = 80
 OBJECTS = 20  # per image, in training
 MEBIBYTE = 2**20
-OP_EVENT = re.compile(r"[\w/.]+:\w+")  # how the profiler names the run of an op: name:kind
+OP_EVENT = re.compile(r"(?P<name>[\w/.]+):(?P<kind>\w+)")  # how the profiler names the run of an op
+# The scopes of the model's parts, also where ops stand in the gradients of one or for its second use (rpn_1).
+STAGE = re.compile(r"(?:^|/)(conv0|group\d|fpn|rpn|fastrcnn|cascade_rcnn_stage\d|maskrcnn|Momentum)(?:_\d+)?(?=/|$)")
+OTHER = "other"  # no part's: RoIAlign, NMS, sampling, losses
 
 
 class Case(NamedTuple):
@@ -48,7 +51,6 @@ class Case(NamedTuple):
     batch: int  # images
     size: tuple  # height, width in pixels
     overrides: tuple  # KEY=VALUE
-    profile: bool  # whether to tell what kinds of ops take the time
     foreground_iou: float = 0.05  # low, so that random proposals suffice for all the foreground that a recipe samples
     proposal_iou: float = 0.8  # high, so that the NMS of random proposals leaves enough of them, in bfloat16 too
     candidates: int = 1000  # (RoI, class) pairs per image that compete to be detections
@@ -245,13 +247,17 @@ def serve(case, connection):
             run()
             connection.send({"seconds": time.perf_counter() - start})
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        connection.send({"peak": peak, "ops": profile_ops(run) if case.profile else []})
-    except (UserError, ImportError) as error:
+        connection.send({"peak": peak, "ops": profile_ops(run)})
+    except UserError as error:
         connection.send({"error": str(error)})
+    except ModuleNotFoundError as error:
+        connection.send({"error": f"{error}: `make bench` installs what the comparison needs"})
 
 
 def profile_ops(run):
-    """Where one more run spends its time: list of (kind of op, seconds on all threads), the dearest first."""
+    """Where one more run spends its time: list of (name of op, kind, seconds on all threads); [] without a graph."""
+    if "tensorflow" not in sys.modules:
+        return []
     from tensorflow.python.profiler import profiler_v2
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
@@ -265,9 +271,24 @@ def profile_ops(run):
             for plane in space.planes:
                 for event in (event for line in plane.lines for event in line.events):
                     name = plane.event_metadata[event.metadata_id].name
-                    if OP_EVENT.fullmatch(name):
-                        seconds[name.rpartition(":")[2]] += event.duration_ps / 1e12
-    return seconds.most_common()
+                    op = OP_EVENT.fullmatch(name)
+                    if op:
+                        seconds[op["name"], op["kind"]] += event.duration_ps / 1e12
+    return [(name, kind, time_taken) for (name, kind), time_taken in seconds.items()]
+
+
+def stage_of(op_name):
+    """The part of the model that an op belongs to, by its name."""
+    stage = STAGE.search(op_name)
+    return stage[1] if stage else OTHER
+
+
+def shares(pairs):
+    """Of (key, seconds): list of (key, seconds in all, share of all seconds), the dearest first."""
+    sums = collections.Counter()
+    for key, seconds in pairs:
+        sums[key] += seconds
+    return [(key, seconds, seconds / sums.total()) for key, seconds in sums.most_common()]
 
 
 class Worker:
@@ -297,7 +318,7 @@ class Worker:
         self.seconds.append(self._answer()["seconds"] / self.case.batch)
 
     def finish(self):
-        """The result as a dict: the case, seconds per image, images per second, memory, the work done, ops."""
+        """The result as a dict: the case, seconds per image, images per second, memory, the work done, stages, ops."""
         self._connection.send(False)
         last = self._answer()
         median = statistics.median(self.seconds)
@@ -309,7 +330,8 @@ class Worker:
             "img/s": 1 / median,
             "peak MiB": last["peak"] / MEBIBYTE,
             "work": self.work,
-            "ops": last["ops"],
+            "stages": shares((stage_of(name), seconds) for name, _, seconds in last["ops"]),
+            "ops": shares((kind, seconds) for _, kind, seconds in last["ops"]),
         }
 
     def kill(self):
@@ -376,10 +398,18 @@ def parse_arguments(arguments=None):
     return parser.parse_args(arguments)
 
 
+def parse_size(text):
+    """HEIGHTxWIDTH as two integers."""
+    edges = text.split("x")
+    if len(edges) != 2 or not all(edge.isdecimal() and int(edge) >= 32 for edge in edges):
+        raise UserError(f"--size {text}: give HEIGHTxWIDTH in pixels, 32 at least")
+    return tuple(map(int, edges))
+
+
 def main(arguments):
-    size = tuple(int(edge) for edge in arguments.size.split("x"))
-    if len(size) != 2 or min(size) < 32:
-        raise UserError(f"--size {arguments.size}: give HEIGHTxWIDTH in pixels, 32 at least")
+    size = parse_size(arguments.size)
+    if min(*arguments.batch, arguments.repeat) < 1:
+        raise UserError("--batch and --repeat: 1 at least")
     if arguments.vs and "float16" in arguments.precision:
         raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
     results = []
@@ -388,9 +418,9 @@ def main(arguments):
             continue  # neither depends on them
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
         overrides = tuple(arguments.config)
-        cases = [Case(side, part, precision, batch, size, overrides, arguments.profile) for side in sides]
+        cases = [Case(side, part, precision, batch, size, overrides) for side in sides]
         results += measure(cases, repeat=arguments.repeat)
-        print_group(results[-len(cases) :])
+        print_group(results[-len(cases) :], profile=arguments.profile)
     rates = {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
     for precision, rate in rates.items():
         print(f"a large 3x3 convolution in {precision}: {rate / 1e9:.0f} billion multiply-adds per second")
@@ -405,7 +435,7 @@ def in_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def print_group(results):
+def print_group(results, *, profile):
     """A table of results that were measured in turns; the ratio says how many times faster this program is."""
     columns = ("part", "precision", "batch", "side", "s/img", "lowest", "highest", "img/s", "peak MiB")
     rows = [[result[name] for name in columns] for result in results]
@@ -413,9 +443,10 @@ def print_group(results):
     print(tabulate(rows, columns, floatfmt=formats))
     for result in results:
         print(f"  {result['side']}: " + ", ".join(f"{name} {value:g}" for name, value in result["work"].items()))
-        total = sum(seconds for _, seconds in result["ops"])
-        for kind, seconds in result["ops"][:15]:
-            print(f"    {kind:<28} {seconds:8.3f} s {seconds / total:6.1%}")
+        if result["stages"]:
+            print("  time of ops: " + ", ".join(f"{stage} {share:.1%}" for stage, _, share in result["stages"]))
+        for kind, seconds, share in result["ops"][: 15 if profile else 0]:
+            print(f"    {kind:<28} {seconds:8.3f} s {share:6.1%}")
     if len(results) == 2:
         print(f"  ratio {results[1]['s/img'] / results[0]['s/img']:.2f}: torchvision's time over ours")
     print(flush=True)

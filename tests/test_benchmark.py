@@ -1,0 +1,120 @@
+"""tools/benchmark.py as a program, on a tiny model: what it prints and writes, and what it does without torchvision."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset import shapes
+from tools import benchmark
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    *("BACKBONE.WIDTH=8", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=16", "FPN.FRCNN_FC_HEAD_DIM=16"),
+    *("MRCNN.HEAD_DIM=8", "RPN.ANCHOR_SIZES=[8,16,32,64,128]", "FRCNN.BATCH_PER_IM=16", "TEST.RESULTS_PER_IM=7"),
+    *("RPN.TEST_PER_LEVEL_NMS_TOPK=40", "PREPROC.TRAIN_SHORT_EDGE_SIZE=[64,64]", "DATA.TRAIN=shapes_train"),
+)
+EDGE = "128x128"
+
+
+def run(*arguments, **options):
+    """`python -m tools.benchmark`: the finished process."""
+    command = [sys.executable, "-m", "tools.benchmark", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, **options)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(what was printed, the results by part) of all parts, batch 2, in float32."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    shapes.generate(folder / "data", train=4, val=1, size=64)
+    settings = ["--size", EDGE, "--batch", 2, "--repeat", 3, "--json", folder / "results.json"]
+    done = run(
+        *("--parts", *benchmark.PREPARE, *settings, "--profile", "--config", *TINY, f"DATA.BASEDIR={folder / 'data'}")
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((folder / "results.json").read_text())
+    assert written["multiply-adds per second"]["float32"] > 1e8
+    return done.stdout, {result["part"]: result for result in written["results"]}
+
+
+@pytest.mark.slow
+def test_every_part_is_measured(measured):
+    printed, results = measured
+    assert set(results) == set(benchmark.PREPARE)
+    for part, result in results.items():
+        assert 0 < result["lowest"] <= result["s/img"] <= result["highest"]
+        assert result["img/s"] == pytest.approx(1 / result["s/img"])
+        assert result["peak MiB"] > 20
+        (line,) = [line.split() for line in printed.splitlines() if line.startswith(f"{part} ")]
+        assert line[:4] == [part, "float32", "2", "this"]
+        assert float(line[4]) == pytest.approx(result["s/img"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_work_is_what_the_settings_say(measured):
+    _, results = measured
+    assert results["training"]["work"] == {"num_rois": 16, "num_foreground": 4}  # a quarter
+    assert results["inference"]["work"]["num_detections"] == 7
+    assert results["paste"]["work"] == {"num_detections": 100}
+    assert results["data"]["work"] == {"num_images": 4}
+
+
+@pytest.mark.slow
+def test_shares_of_stages_and_ops_are_told_for_graphs(measured):
+    printed, results = measured
+    parts = {"conv0", "group0", "group3", "fpn", "rpn", "fastrcnn", "maskrcnn", benchmark.OTHER}
+    for part, expected in (("training", parts | {"Momentum"}), ("inference", parts)):
+        stages, ops = results[part]["stages"], results[part]["ops"]
+        assert expected <= {stage for stage, _, _ in stages}
+        for rows in (stages, ops):
+            assert sum(share for _, _, share in rows) == pytest.approx(1)
+            assert sum(seconds for _, seconds, _ in rows) == pytest.approx(sum(seconds for _, seconds, _ in stages))
+            assert [seconds for _, seconds, _ in rows] == sorted((seconds for _, seconds, _ in rows), reverse=True)
+        assert f"{stages[0][0]} {stages[0][2]:.1%}, {stages[1][0]} " in printed
+        assert f"    {ops[0][0]} " in printed
+    assert results["data"]["stages"] == results["paste"]["stages"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("inference/rpn_1/conv0/Relu", "rpn"),
+        ("gradients/group2/block0/conv1/Conv2D_grad/Conv2DBackpropFilter", "group2"),
+        ("conv0/Relu", "conv0"),
+        ("inference/cascade_rcnn_stage2/head/fc6/Relu", "cascade_rcnn_stage2"),
+        ("Momentum/update_fpn/posthoc_3x3_p2/W/ResourceApplyMomentum", "Momentum"),
+        ("inference/AvgPool2D_4", benchmark.OTHER),
+        ("combined_non_max_suppression/CombinedNonMaxSuppression", benchmark.OTHER),
+    ],
+)
+def test_ops_belong_to_stages(name, stage):
+    assert benchmark.stage_of(name) == stage
+
+
+@pytest.mark.slow
+def test_without_torchvision_it_says_what_installs_it(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    done = run("--vs", "torchvision", "--size", EDGE, "--config", *TINY, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "benchmark: torchvision, training: No module named 'torch': `make bench` installs what the comparison needs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "800"], "--size 800: give HEIGHTxWIDTH in pixels, 32 at least"),
+        (["--size", "800x-5"], "--size 800x-5: give HEIGHTxWIDTH in pixels, 32 at least"),
+        (["--size", "31x64"], "--size 31x64: give HEIGHTxWIDTH in pixels, 32 at least"),
+        (["--batch", "2", "0"], "--batch and --repeat: 1 at least"),
+        (["--repeat", "0"], "--batch and --repeat: 1 at least"),
+        (["--vs", "torchvision", "--precision", "float16"], "--vs torchvision: not in float16"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message):
+    with pytest.raises(benchmark.UserError, match=message):
+        benchmark.main(benchmark.parse_arguments(arguments))
