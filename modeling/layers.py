@@ -42,6 +42,14 @@ def explicit_padding(before, after):
     return [[0, 0], [before, after], [before, after], [0, 0]]
 
 
+@tf.custom_gradient
+def add(x, y):
+    """The sum of two tensors of one shape. Unlike that of `+`, its gradient doesn't ask for the shapes of both: a
+    convolution of whose output anything else is asked isn't fused with the sum.
+    """
+    return x + y, lambda gradient: (gradient, gradient)
+
+
 def _convolve(x, kernel, bias, *, stride, padding, activation):
     """Convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
     if not isinstance(padding, str):  # oneDNN has no gradient with it, and Eigen's takes ten times as long
@@ -376,6 +384,9 @@ def channel_of_conv1x1(x, index, channels, *, initializer):
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
     shape = shape_list(x)[:-1]
     x = tf.reshape(x, [shape[0], -1, depth])
-    own = tf.gather(tf.transpose(kernel[0, 0]), index)  # in float32, in which its gradients add up
-    y = tf.matmul(tf.cast(own, x.dtype)[:, None], x, transpose_b=True)[:, 0]
-    return tf.reshape(tf.cast(y, tf.float32) + tf.gather(bias, index)[:, None], shape)
+    # In float32, in which the gradients add up. Along axis 0 of a variable its gradient would be sparse, and with those
+    # optimizers leave the momentum of all other channels as it is.
+    own_kernel, own_bias = (tf.gather(tf.reshape(v, [-1, channels]), index, axis=1) for v in (kernel, bias))
+    own_kernel = tf.cast(tf.transpose(own_kernel), x.dtype)[:, None]
+    y = tf.matmul(own_kernel, x, transpose_b=True)[:, 0]
+    return tf.reshape(tf.cast(y, tf.float32) + tf.transpose(own_bias), shape)

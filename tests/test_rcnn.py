@@ -4,6 +4,7 @@ The golden files come from the reference itself, on synthetic weights and images
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -399,18 +400,18 @@ def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(conventions
     assert "CropAndResizeGradBoxes" not in kinds
 
 
+TWO_BLOCKS = ["BACKBONE.RESNET_NUM_BLOCKS=[2,2,2,2]"]  # the second one of a stage has no convolution as shortcut
 # Kinds that are left where a convolution or matrix product was not fused with its bias and ReLU.
 NOT_FUSED = {"Conv2D", "_MklNativeConv2D", "_MklNativePadWithConv2D", "MatMul", "_MklMatMul", "BiasAdd", "Relu"}
 
 
 def run_traced(session, fetches, feed):
-    """What the session runs after its optimisations: nodes by name, and the number of ops that ran."""
+    """What the session runs after its optimisations: nodes by name, and how many ops ran, those of loops every time."""
     options = tfv1.RunOptions(output_partition_graphs=True, trace_level=tfv1.RunOptions.FULL_TRACE)
     trace = tfv1.RunMetadata()
     session.run(fetches, feed, options=options, run_metadata=trace)
     nodes = {node.name: node for graph in trace.partition_graphs for node in graph.node}
-    ran = {stats.node_name for device in trace.step_stats.dev_stats for stats in device.node_stats}
-    return nodes, len(ran)
+    return nodes, sum(len(device.node_stats) for device in trace.step_stats.dev_stats)
 
 
 def not_fused(nodes):
@@ -419,7 +420,7 @@ def not_fused(nodes):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, configure, monkeypatch):
-    configure(*SMALL, f"TEST.PRECISION={precision}")
+    configure(*SMALL, *TWO_BLOCKS, f"TEST.PRECISION={precision}")
     ran = []
     monkeypatch.setattr(sessions, "session_config", lambda: tfv1.ConfigProto(inter_op_parallelism_threads=1))
     with tf.Graph().as_default():
@@ -432,28 +433,46 @@ def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, conf
     # Where a stage begins, two convolutions meet in the addition: TensorFlow fuses one with it, but not the ReLU.
     assert not_fused(nodes) == [f"inference/group{stage}/block0/Relu" for stage in (1, 2, 3)]
     assert len([node for node in nodes.values() if "Fused" in node.op]) > 40
-    assert not [name for name, node in nodes.items() if "BatchNorm" in node.op]
     assert ran[0] == ran[1]
 
 
-def test_the_forward_pass_of_training_is_fused(configure):
-    configure(*SMALL)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_training_is_fused_forward_and_runs_as_many_ops_for_more_images(precision, configure):
+    configure(*SMALL, *TWO_BLOCKS, f"TRAIN.PRECISION={precision}")
+    ran = []
     with tf.Graph().as_default():
         graph = TrainingGraph()
-        feed = {graph._inputs[name]: x for name, x in training_batch([[96, 128, 3, 1]], multiple=32).items()}
-        nodes, _ = run_traced(graph._session, [graph.losses, graph._norms], feed)
+    for count in (1, 3):
+        batch = training_batch([[96, 128, 3, seed] for seed in range(count)], multiple=32)
+        feed = {graph._inputs[name]: x for name, x in batch.items()}
+        nodes, ran_now = run_traced(graph._session, [graph.losses, graph._norms], feed)
+        ran.append(ran_now)
     assert not_fused(nodes) == [f"group{stage}/block0/Relu" for stage in (1, 2, 3)]
     # Eigen's gradients of convolutions, in place of oneDNN's, take up to ten times as long.
     assert not [name for name, node in nodes.items() if node.op.startswith("Conv2DBackprop")]
+    assert ran[0] == ran[1]
 
 
-def test_frozen_batch_norm_leaves_no_batch_norm_op(configure):
-    configure("MODE_FPN=True")
+@pytest.mark.parametrize(("norm", "is_folded"), [("FreezeBN", True), ("SyncBN", False), ("GN", False)])
+def test_frozen_batch_norm_leaves_no_op_on_maps(norm, is_folded, configure):
+    configure(*SMALL, f"BACKBONE.NORM={norm}")
     with tf.Graph().as_default() as graph:
         inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=True)}
         with TowerContext("", is_training=True):
-            rcnn.RCNN(learning_rate=0.01).build_graph(*inputs.values())
-        assert not [op for op in graph.get_operations() if "BatchNorm" in op.type]
+            rcnn.build_training(**inputs)
+    ops = [op for op in graph.get_operations() if re.match(r"(conv0|group\d)/", op.name)]
+    on_maps = {op.type for op in ops for x in op.outputs if x.shape.rank in (4, 5) and x.shape[0] is None}
+    assert {"Conv2D", "Relu"} <= on_maps
+    normalising = on_maps & {"Mul", "Sub", "RealDiv", "Rsqrt", "SquaredDifference", "FusedBatchNormV3"}
+    assert bool(normalising) is not is_folded, normalising
+
+
+def test_no_gradient_is_sparse(configure):
+    """With a sparse one, optimizers leave alone the momentum of what a step doesn't use; the others come to no harm."""
+    configure(*SMALL)
+    with tf.Graph().as_default():
+        gradients = TrainingGraph().gradients
+    assert [name for name, gradient in gradients.items() if isinstance(gradient, tf.IndexedSlices)] == []
 
 
 def test_float16_trains_with_close_losses(configure):
