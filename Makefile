@@ -44,7 +44,7 @@ horovod: ## setup, and Horovod (built from source once, then from a cache)
 
 bench: setup ## what takes how long, beside torchvision (installs PyTorch)
 	$(RUN) -m pip install --quiet -r requirements/bench.txt -c requirements/constraints.txt
-	$(RUN) -m tools.benchmark --vs torchvision --precision float32 bfloat16 $(ARGS)
+	$(RUN) -m tools.benchmark --vs torchvision --precision float32 bfloat16 --batch 1 2 $(ARGS)
 
 lock: dev ## renew requirements/constraints.txt (a new name first: a failure leaves the old file)
 	$(RUN) setup/lock.py >requirements/constraints.new

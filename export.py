@@ -13,6 +13,8 @@ and returns for each image its K detections, best first, K that of the image wit
     labels int64 [N, K], 1..C; class_names string [N, K]; and for a model with masks
     masks uint8 [N, K, H, W] of 0 and 1 (serving_default), mask_bytes string [N, K], PNG files of 0 and 255 (encoded)
 
+A detection of score NaN tells that numbers in the network overflowed.
+
 The tensorpack format is that of tensorpack's own export: one image, resized by the caller, and boxes and masks as the
 network returns them.
 

@@ -30,7 +30,10 @@ def augmented(predict, *, scales, flip, multiple, iou_threshold, max_per_image):
                 batch, shapes = data.pad_images(
                     [view[:, ::-1] if mirrored else view for view in views], multiple=multiple
                 )
-                found.append(_seen_from_original(predict(batch, shapes), shapes, image_shape, mirrored=mirrored))
+                seen = predict(batch, shapes)
+                if not np.isfinite(seen.scores).all():
+                    return seen  # the caller refuses it
+                found.append(_seen_from_original(seen, shapes, image_shape, mirrored=mirrored))
         return merge(found, len(image), iou_threshold=iou_threshold, max_per_image=max_per_image)
 
     return predict_views

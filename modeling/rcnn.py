@@ -137,19 +137,41 @@ def build_inference(image, image_shape):
     Args:
         image: uint8 [N, H, W, 3], BGR, padded at the bottom and right. image_shape: int32 [N, 2].
     Returns:
-        box_head.Detections of all images together, with masks [R, M, M] if config.MODE_MASK
+        box_head.Detections of all images together, with masks [R, M, M] if config.MODE_MASK. One of score NaN tells
+        that numbers on the way to an image's detections were not finite.
     """
     features, strides = _features(image, image_shape, training=False)
     logits, deltas, anchors = _rpn(features, strides, image_shape)
     proposals = _propose(logits, deltas, anchors, image_shape, training=False)
     _name_stages(proposals.boxes, proposals.logits)
     roi_features = _RoIFeatures(features, strides, training=False)
-    detections = _detect(roi_features, proposals, image_shape)
+    detections, raw = _detect(roi_features, proposals, image_shape)
+    may_overflow = features if features[0].dtype == tf.float16 else []  # ReLU on a CPU makes 0 of the NaN that follow
+    detections = _tell_non_finite(detections, [*may_overflow, *logits, *raw])
     if not config.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
     logits = _mask_logits(roi_features.for_masks(boxes, image_index), labels)
     return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
+
+
+def _tell_non_finite(detections, tensors):
+    """Adds a detection of score NaN for each image of which one of `tensors` [N, ...] is not finite.
+
+    NMS drops what is not finite, so that nothing else would tell an overflow from an image without objects.
+    """
+    is_finite = [tf.reduce_all(tf.math.is_finite(x), axis=list(range(1, x.shape.rank))) for x in tensors]
+    image_index = tf.cast(tf.where(~tf.reduce_all(tf.stack(is_finite), axis=0))[:, 0], tf.int32)
+    ones = tf.ones_like(image_index)
+    told = box_head.Detections(
+        boxes=tf.zeros([tf.size(ones), 4]),
+        scores=math.nan * tf.cast(ones, tf.float32),
+        labels=tf.cast(ones, tf.int64),
+        image_index=image_index,
+    )
+    joined = [tf.concat(parts, axis=0) for parts in zip(detections[:4], told[:4])]
+    by_image = tf.argsort(joined[3], stable=True)
+    return box_head.Detections(*[tf.gather(x, by_image) for x in joined])
 
 
 def _name_stages(*tensors, first=0):
@@ -458,7 +480,11 @@ def _box_branch(roi_features, rois, image_shape, gt_boxes, gt_labels):
 
 
 def _detect(roi_features, proposals, image_shape):
-    """Classify and refine the proposals, and keep the best: Detections without masks."""
+    """Classify and refine the proposals, and keep the best.
+
+    Returns:
+        Detections without masks; and what they were picked from: probabilities [N, P, C + 1], boxes [N, P, C or 1, 4]
+    """
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
     if config.FPN.CASCADE:
         stages, boxes = _run_cascade(roi_features, proposals.boxes, proposals.is_valid, image_shape)
@@ -473,7 +499,7 @@ def _detect(roi_features, proposals, image_shape):
         )
     probabilities = tf.reshape(probabilities, [n, slots, config.DATA.NUM_CATEGORY + 1])
     _name_stages(probabilities, boxes, first=2)
-    return box_head.detect(
+    detections = box_head.detect(
         probabilities,
         boxes,
         proposals.is_valid,
@@ -484,6 +510,7 @@ def _detect(roi_features, proposals, image_shape):
         soft_nms=config.TEST.SOFT_NMS,
         soft_nms_sigma=config.TEST.SOFT_NMS_SIGMA,
     )
+    return detections, (probabilities, boxes)
 
 
 # ---------------------------------------------------------------------------------------------------- masks

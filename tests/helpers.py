@@ -110,3 +110,20 @@ def group_norm(x, gamma, beta, *, groups):
 
 def relu(x):
     return np.maximum(x, 0)
+
+
+# Kinds that are left where a convolution or matrix product was not fused with its bias and ReLU.
+NOT_FUSED = {"Conv2D", "_MklNativeConv2D", "_MklNativePadWithConv2D", "MatMul", "_MklMatMul", "BiasAdd", "Relu"}
+
+
+def run_traced(session, fetches, feed):
+    """What the session runs after its optimisations: nodes by name, and how many ops ran, those of loops every time."""
+    options = tfv1.RunOptions(output_partition_graphs=True, trace_level=tfv1.RunOptions.FULL_TRACE)
+    trace = tfv1.RunMetadata()
+    session.run(fetches, feed, options=options, run_metadata=trace)
+    nodes = {node.name: node for graph in trace.partition_graphs for node in graph.node}
+    return nodes, sum(len(device.node_stats) for device in trace.step_stats.dev_stats)
+
+
+def not_fused(nodes):
+    return sorted(name for name, node in nodes.items() if node.op in NOT_FUSED and "gradients/" not in name)

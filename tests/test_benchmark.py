@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dataset import shapes
 from tools import benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     *("BACKBONE.WIDTH=8", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=16", "FPN.FRCNN_FC_HEAD_DIM=16"),
     *("MRCNN.HEAD_DIM=8", "RPN.ANCHOR_SIZES=[8,16,32,64,128]", "FRCNN.BATCH_PER_IM=16", "TEST.RESULTS_PER_IM=7"),
-    *("RPN.TEST_PER_LEVEL_NMS_TOPK=40", "PREPROC.TRAIN_SHORT_EDGE_SIZE=[64,64]", "DATA.TRAIN=shapes_train"),
+    *("RPN.TEST_PER_LEVEL_NMS_TOPK=40", "PREPROC.TRAIN_SHORT_EDGE_SIZE=[64,64]"),
+    "FPN.CASCADE=True",
 )
 EDGE = "128x128"
 
@@ -28,14 +28,10 @@ def run(*arguments, **options):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """(what was printed, the results by part) of all parts, batch 2, in float32."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    shapes.generate(folder / "data", train=4, val=1, size=64)
-    settings = ["--size", EDGE, "--batch", 2, "--repeat", 3, "--json", folder / "results.json"]
-    done = run(
-        *("--parts", *benchmark.PREPARE, *settings, "--profile", "--config", *TINY, f"DATA.BASEDIR={folder / 'data'}")
-    )
+    path = tmp_path_factory.mktemp("benchmark") / "results.json"
+    done = run("--size", EDGE, "--batch", 2, "--repeat", 3, "--json", path, "--profile", "--config", *TINY)
     assert done.returncode == 0, done.stderr
-    written = json.loads((folder / "results.json").read_text())
+    written = json.loads(path.read_text())
     assert written["multiply-adds per second"]["float32"] > 1e8
     return done.stdout, {result["part"]: result for result in written["results"]}
 
@@ -59,13 +55,13 @@ def test_the_work_is_what_the_settings_say(measured):
     assert results["training"]["work"] == {"num_rois": 16, "num_foreground": 4}  # a quarter
     assert results["inference"]["work"]["num_detections"] == 7
     assert results["paste"]["work"] == {"num_detections": 100}
-    assert results["data"]["work"] == {"num_images": 4}
+    assert results["data"]["work"] == {"num_images": 8}  # generated
 
 
 @pytest.mark.slow
 def test_shares_of_stages_and_ops_are_told_for_graphs(measured):
     printed, results = measured
-    parts = {"conv0", "group0", "group3", "fpn", "rpn", "fastrcnn", "maskrcnn", benchmark.OTHER}
+    parts = {"conv0", "group0", "group3", "fpn", "rpn", "cascade_rcnn_stage3", "maskrcnn", benchmark.OTHER}
     for part, expected in (("training", parts | {"Momentum"}), ("inference", parts)):
         stages, ops = results[part]["stages"], results[part]["ops"]
         assert expected <= {stage for stage, _, _ in stages}
@@ -97,10 +93,10 @@ def test_ops_belong_to_stages(name, stage):
 @pytest.mark.slow
 def test_without_torchvision_it_says_what_installs_it(tmp_path):
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
-    done = run("--vs", "torchvision", "--size", EDGE, "--config", *TINY, env={"PYTHONPATH": str(tmp_path)})
+    done = run("--vs", "torchvision", "--parts", "inference", "--size", "64x64", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "benchmark: torchvision, training: No module named 'torch': `make bench` installs what the comparison needs"
+        "benchmark: torchvision, inference: No module named 'torch': `make bench` installs what the comparison needs"
     )
 
 
@@ -113,6 +109,7 @@ def test_without_torchvision_it_says_what_installs_it(tmp_path):
         (["--batch", "2", "0"], "--batch and --repeat: 1 at least"),
         (["--repeat", "0"], "--batch and --repeat: 1 at least"),
         (["--vs", "torchvision", "--precision", "float16"], "--vs torchvision: not in float16"),
+        (["--vs", "torchvision", "--config", "MODE_MASK=False"], "--vs torchvision: its side is R50-FPN Mask R-CNN"),
     ],
 )
 def test_bad_options_are_refused(arguments, message):

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -11,10 +12,13 @@ import urllib.request
 from pathlib import Path
 
 import cv2
+import helpers
 import numpy as np
 import pytest
+import tensorflow as tf
 from tiny_models import MODELS, make_model
 
+import checkpoint
 import export
 import predict
 from config import UserError, config
@@ -191,6 +195,26 @@ def test_format_of_tensorpack(models, tmp_path):
     found, expected = dict(np.load(tmp_path / "out.npz")), predictor.network(batch, shape)
     for part in ("boxes", "scores", "labels", "masks"):
         np.testing.assert_allclose(found[part], getattr(expected, part), rtol=0, atol=1e-4, err_msg=part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_frozen_graph_is_fused(models, tmp_path, precision):
+    """With biases: without them there would be nothing to fuse."""
+    run, rng = models("fpn"), np.random.default_rng(0)
+    values = checkpoint.read(checkpoint.resolve(run))
+    biases = {name: rng.normal(0, 0.01, x.shape) for name, x in values.items() if name.endswith(("/b", "/beta"))}
+    shutil.copy(run / "config.json", tmp_path)
+    np.savez(tmp_path / "m.npz", **values | biases)
+    options = ["--load", tmp_path / "m.npz", "--config", f"TEST.PRECISION={precision}"]
+    run_predict("--output-pb", tmp_path / "m.pb", *options)
+    definition, image = tf.compat.v1.GraphDef.FromString((tmp_path / "m.pb").read_bytes()), images()[0]
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(definition, name="")
+        feed = {"image:0": image[None], "image_shape:0": [image.shape[:2]]}
+        nodes, _ = helpers.run_traced(session, ["output/boxes:0", "output/masks:0"], feed)
+    assert "VarHandleOp" not in {node.op for node in definition.node}
+    assert helpers.not_fused(nodes) == [f"group{stage}/block0/Relu" for stage in (1, 2, 3)]
 
 
 @pytest.mark.slow

@@ -1,15 +1,17 @@
 """eval.Predictor as other programs use it: several models, many threads, mistakes."""
 
 import ctypes
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from tiny_models import make_model
 
+import checkpoint
 from config import UserError, config
 from dataset import shapes
-from eval import Predictor
+from eval import NonFiniteError, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,25 @@ def test_mistakes(run, tmp_path):
     for image in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32), np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(ValueError, match="images must be uint8"):
             Predictor(run)([image])
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "settings"),
+    [
+        ("fpn/posthoc_3x3_p2/W", 6e4, ["TEST.PRECISION=float16"]),
+        ("fastrcnn/fc7/b", 3e38, []),
+        ("rpn/conv0/W", 3e38, ["TEST.TTA_FLIP=True"]),
+    ],
+)
+def test_overflow_is_told(variable, value, settings, run, tmp_path):
+    """Not taken for an image without objects."""
+    values = checkpoint.read(checkpoint.resolve(run))
+    shutil.copy(run / "config.json", tmp_path)
+    image = shapes.draw_image(np.random.default_rng(5), 96)[0]
+    assert len(Predictor(run, settings=settings)([image])[0].labels) == 12
+    np.savez(tmp_path / "large.npz", **values | {variable: np.full_like(values[variable], value)})
+    with pytest.raises(NonFiniteError, match="image 1 of 1: .* not finite: .* float16"):
+        Predictor(tmp_path / "large.npz", settings=settings)([image])
 
 
 def test_settings_return_after_an_error():

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,7 +18,7 @@ from tensorpack.tfutils.tower import TowerContext
 import checkpoint
 import sessions
 from config import Config
-from modeling import rcnn
+from modeling import box_head, rcnn
 
 GOLDEN = Path(__file__).parent / "golden"
 EVERY_RUN = ["R50-FPN-mask", "R50-FPN-Cascade-mask", "R50-C4-mask"]
@@ -401,21 +402,6 @@ def test_every_trainable_variable_has_a_gradient_and_boxes_have_none(conventions
 
 
 TWO_BLOCKS = ["BACKBONE.RESNET_NUM_BLOCKS=[2,2,2,2]"]  # the second one of a stage has no convolution as shortcut
-# Kinds that are left where a convolution or matrix product was not fused with its bias and ReLU.
-NOT_FUSED = {"Conv2D", "_MklNativeConv2D", "_MklNativePadWithConv2D", "MatMul", "_MklMatMul", "BiasAdd", "Relu"}
-
-
-def run_traced(session, fetches, feed):
-    """What the session runs after its optimisations: nodes by name, and how many ops ran, those of loops every time."""
-    options = tfv1.RunOptions(output_partition_graphs=True, trace_level=tfv1.RunOptions.FULL_TRACE)
-    trace = tfv1.RunMetadata()
-    session.run(fetches, feed, options=options, run_metadata=trace)
-    nodes = {node.name: node for graph in trace.partition_graphs for node in graph.node}
-    return nodes, sum(len(device.node_stats) for device in trace.step_stats.dev_stats)
-
-
-def not_fused(nodes):
-    return sorted(name for name, node in nodes.items() if node.op in NOT_FUSED and "gradients/" not in name)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -428,10 +414,10 @@ def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, conf
     for count in (1, 3):
         inputs = pad([synthetic_image(96, 128, 4, seed)[0] for seed in range(count)], 32)
         feed = dict(zip(graph.inference.inputs, inputs))
-        nodes, ran_now = run_traced(graph._session, list(graph.inference._detections), feed)
+        nodes, ran_now = helpers.run_traced(graph._session, list(graph.inference._detections), feed)
         ran.append(ran_now)
     # Where a stage begins, two convolutions meet in the addition: TensorFlow fuses one with it, but not the ReLU.
-    assert not_fused(nodes) == [f"inference/group{stage}/block0/Relu" for stage in (1, 2, 3)]
+    assert helpers.not_fused(nodes) == [f"inference/group{stage}/block0/Relu" for stage in (1, 2, 3)]
     assert len([node for node in nodes.values() if "Fused" in node.op]) > 40
     assert ran[0] == ran[1]
 
@@ -445,9 +431,9 @@ def test_training_is_fused_forward_and_runs_as_many_ops_for_more_images(precisio
     for count in (1, 3):
         batch = training_batch([[96, 128, 3, seed] for seed in range(count)], multiple=32)
         feed = {graph._inputs[name]: x for name, x in batch.items()}
-        nodes, ran_now = run_traced(graph._session, [graph.losses, graph._norms], feed)
+        nodes, ran_now = helpers.run_traced(graph._session, [graph.losses, graph._norms], feed)
         ran.append(ran_now)
-    assert not_fused(nodes) == [f"group{stage}/block0/Relu" for stage in (1, 2, 3)]
+    assert helpers.not_fused(nodes) == [f"group{stage}/block0/Relu" for stage in (1, 2, 3)]
     # Eigen's gradients of convolutions, in place of oneDNN's, take up to ten times as long.
     assert not [name for name, node in nodes.items() if node.op.startswith("Conv2DBackprop")]
     assert ran[0] == ran[1]
@@ -465,6 +451,19 @@ def test_frozen_batch_norm_leaves_no_op_on_maps(norm, is_folded, configure):
     assert {"Conv2D", "Relu"} <= on_maps
     normalising = on_maps & {"Mul", "Sub", "RealDiv", "Rsqrt", "SquaredDifference", "FusedBatchNormV3"}
     assert bool(normalising) is not is_folded, normalising
+
+
+def test_an_image_with_numbers_that_are_not_finite_gets_a_score_of_nan():
+    found = (np.ones((3, 4)), np.array([0.9, 0.8, 0.7]), np.array([5, 6, 7]), np.array([0, 0, 2], np.int32))
+    maps, logits = np.zeros((4, 2, 3)), np.zeros((4, 5))
+    maps[1, 1, 2], logits[3, 0] = np.inf, np.nan
+    boxes, scores, labels, image_index = helpers.evaluate(
+        lambda *x: rcnn._tell_non_finite(box_head.Detections(*x[2:]), x[:2])[:4], maps, logits, *found
+    )
+    np.testing.assert_array_equal(image_index, [0, 0, 1, 2, 3])  # by image, best first
+    np.testing.assert_array_equal(scores, np.float32([0.9, 0.8, np.nan, 0.7, np.nan]))
+    np.testing.assert_array_equal(labels, [5, 6, 1, 7, 1])
+    np.testing.assert_array_equal(boxes[[0, 2]], [[1, 1, 1, 1], [0, 0, 0, 0]])
 
 
 def test_no_gradient_is_sparse(configure):
