@@ -43,7 +43,7 @@ class Inference:
     Variables are shared with what the graph has already (a training tower), or made.
 
     Attributes:
-        inputs: the placeholders of `rcnn.input_signature`.
+        inputs: the placeholders of `rcnn.input_signature`. detections: what `rcnn.build_inference` returns.
     """
 
     def __init__(self):
@@ -52,15 +52,15 @@ class Inference:
             for spec in rcnn.input_signature(training=False)
         ]
         with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE), tf.name_scope("inference"):
-            self._detections = rcnn.build_inference(*self.inputs)
+            self.detections = rcnn.build_inference(*self.inputs)
 
     def bind(self, session):
         """The function (image uint8 [N, H, W, 3], image_shape int32 [N, 2]) -> Detections of NumPy arrays."""
-        made = {name: tensor for name, tensor in self._detections._asdict().items() if tensor is not None}
+        made = {name: tensor for name, tensor in self.detections._asdict().items() if tensor is not None}
         run = session.make_callable(list(made.values()), self.inputs)
 
         def predict(image, image_shape):
-            return self._detections._replace(**dict(zip(made, run(image, image_shape))))
+            return self.detections._replace(**dict(zip(made, run(image, image_shape))))
 
         return predict
 

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tools import benchmark
 
@@ -33,6 +35,7 @@ def measured(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     written = json.loads(path.read_text())
     assert written["multiply-adds per second"]["float32"] > 1e8
+    assert written["multiply-adds"]["training"] > written["multiply-adds"]["inference"] > 1e6
     return done.stdout, {result["part"]: result for result in written["results"]}
 
 
@@ -88,6 +91,20 @@ def test_shares_of_stages_and_ops_are_told_for_graphs(measured):
 )
 def test_ops_belong_to_stages(name, stage):
     assert benchmark.stage_of(name) == stage
+
+
+def test_multiply_adds_are_counted_forward_and_backward():
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x, size = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3]), (2, 9, 11, 3)
+        kernel, weights = tf.ones([3, 3, 3, 5]), tf.ones([5, 7])
+        y = tf.reshape(tf.nn.conv2d(x, kernel, 2, "VALID"), [-1, 5]) @ weights
+        unused = tf.nn.conv2d(x, kernel, 1, "SAME")
+        gradients = tf.gradients(y, [x, kernel, weights])
+        forward, both = (benchmark.count_multiply_adds(session, f, {x: np.ones(size)}) for f in ([y], [y, *gradients]))
+    pixels = 2 * 4 * 5
+    assert forward == pixels * (27 * 5 + 5 * 7)
+    assert both == 3 * forward
+    assert unused is not None
 
 
 @pytest.mark.slow

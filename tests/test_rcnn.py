@@ -414,7 +414,7 @@ def test_inference_is_fused_and_runs_as_many_ops_for_more_images(precision, conf
     for count in (1, 3):
         inputs = pad([synthetic_image(96, 128, 4, seed)[0] for seed in range(count)], 32)
         feed = dict(zip(graph.inference.inputs, inputs))
-        nodes, ran_now = helpers.run_traced(graph._session, list(graph.inference._detections), feed)
+        nodes, ran_now = helpers.run_traced(graph._session, list(graph.inference.detections), feed)
         ran.append(ran_now)
     # Where a stage begins, two convolutions meet in the addition: TensorFlow fuses one with it, but not the ReLU.
     assert helpers.not_fused(nodes) == [f"inference/group{stage}/block0/Relu" for stage in (1, 2, 3)]

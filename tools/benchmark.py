@@ -12,6 +12,7 @@ Where they don't, there is no ratio. Data are generated images if no DATA settin
 
 import argparse
 import collections
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -40,6 +41,7 @@ MEBIBYTE = 2**20
 OP_EVENT = re.compile(r"(?P<name>[\w/.]+):(?P<kind>\w+)")  # how the profiler names the run of an op
 # The scopes of the model's parts, also where ops stand in the gradients of one or for its second use (rpn_1).
 STAGE = re.compile(r"(?:^|/)(conv0|group\d|fpn|rpn|fastrcnn|cascade_rcnn_stage\d|maskrcnn|Momentum)(?:_\d+)?(?=/|$)")
+MULTIPLYING = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2"}
 OTHER = "other"  # no part's: RoIAlign, NMS, sampling, losses
 
 
@@ -99,6 +101,12 @@ def configure(case):
 
 def prepare_training(case):
     """A step on the same batch again and again: losses, gradients and the update."""
+    session, fetches, feed, work = training_graph(case)
+    return (lambda: session.run(fetches, feed)), work
+
+
+def training_graph(case):
+    """(session, what a step fetches, what it is fed with, the work that it does) with random weights."""
     from tensorpack.compat import tfv1
     from tensorpack.tfutils.tower import TowerContext
 
@@ -124,7 +132,7 @@ def prepare_training(case):
         work = {name: float(value) for name, value in session.run(counted, feed).items()}
         if work == {"num_rois": num_rois, "num_foreground": int(num_rois * config.FRCNN.FG_RATIO)}:
             break
-    return (lambda: session.run([step, cost, model.gradient_norm], feed)), work
+    return session, [step, cost, model.gradient_norm], feed, work
 
 
 def training_batch(case):
@@ -160,6 +168,16 @@ def prepare_inference(case):
 
 def save_random_weights(path, images, candidates):
     """Write random weights; (score that so many candidates of the first image lie above with them, number of RoIs)."""
+    with inference_graph(images[:1]) as (session, _, feed, weights):
+        np.savez(path, **weights)
+        softmax = [op.outputs[0] for op in session.graph.get_operations() if op.type == "Softmax"]
+        scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
+    return float(np.sort(scores, axis=None)[-candidates]), len(scores)
+
+
+@contextlib.contextmanager
+def inference_graph(images):
+    """(session, what inference fetches, what it is fed with, weights by name) with random weights."""
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
@@ -167,20 +185,17 @@ def save_random_weights(path, images, candidates):
     import sessions
 
     _, multiple = network_geometry()
-    image, image_shape = pad_images(images[:1], multiple=multiple)
-    with tf.Graph().as_default() as graph, tfv1.Session(config=sessions.session_config()) as session:
-        sessions.Inference()
+    with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
+        inference = sessions.Inference()
         session.run(tfv1.global_variables_initializer())
         weights = session.run(checkpoint.model_variables())
         for name, value in weights.items():
             if name.endswith(("/b", "/beta")):  # adding zeros would be optimised away
                 value += np.random.default_rng(0).normal(0, 0.01, value.shape)
         checkpoint.assign(session, {v: weights[n] for n, v in checkpoint.model_variables().items()})
-        np.savez(path, **weights)
-        softmax = [op.outputs[0] for op in graph.get_operations() if op.type == "Softmax"]
-        feed = {"inference/image:0": image, "inference/image_shape:0": image_shape}
-        scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
-    return float(np.sort(scores, axis=None)[-candidates]), len(scores)
+        feed = dict(zip(inference.inputs, pad_images(images, multiple=multiple)))
+        fetches = [tensor for tensor in inference.detections if tensor is not None]
+        yield session, fetches, feed, weights
 
 
 def prepare_data(case):
@@ -364,7 +379,44 @@ def measure(cases, *, repeat):
             worker.kill()
 
 
-# ---------------------------------------------------------------- convolution, for the floor
+# ---------------------------------------------------------------- the floor: arithmetic, and the rate of a convolution
+
+
+def multiply_adds(case):
+    """Multiply-adds per image of a graph's convolutions and matrix products, in training those of the gradients too."""
+    configure(case)
+    if case.part == "training":
+        session, fetches, feed, _ = training_graph(case)
+        return count_multiply_adds(session, fetches, feed) / case.batch
+    config.freeze()
+    with inference_graph(list(synthetic_batch(case)["image"])) as (session, fetches, feed, _):
+        return count_multiply_adds(session, fetches, feed) / case.batch
+
+
+def count_multiply_adds(session, fetches, feed):
+    """Of all convolutions and matrix products that fetching some tensors or ops takes."""
+    from tensorpack.compat import tfv1
+
+    graph = session.graph
+    fetched = [fetch.name.partition(":")[0] for fetch in fetches]
+    needed = {node.name for node in tfv1.graph_util.extract_sub_graph(graph.as_graph_def(), fetched).node}
+    with graph.as_default():
+        factors = [factors_of(op) for op in graph.get_operations() if op.name in needed and op.type in MULTIPLYING]
+    return sum(int(np.prod(np.concatenate(pair), dtype=np.int64)) for pair in session.run(factors, feed))
+
+
+def factors_of(op):
+    """Two vectors of numbers whose product is how often an op of MULTIPLYING multiplies."""
+    import tensorflow as tf
+
+    if op.type == "Conv2D":  # for each output, once for each weight of its channel
+        return tf.shape(op.outputs[0]), tf.shape(op.inputs[1])[:3]
+    if op.type == "Conv2DBackpropInput":
+        return tf.shape(op.inputs[2]), tf.shape(op.inputs[1])[:3]
+    if op.type == "Conv2DBackpropFilter":
+        return tf.shape(op.inputs[2]), op.inputs[1][:3]
+    axis = -2 if op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x") else -1
+    return tf.shape(op.outputs[0]), tf.shape(op.inputs[0])[axis, None]
 
 
 def convolution_rate(precision, *, repeat=5):
@@ -416,28 +468,45 @@ def parse_size(text):
 
 
 def main(arguments):
-    size = parse_size(arguments.size)
-    if min(*arguments.batch, arguments.repeat) < 1:
-        raise UserError("--batch and --repeat: 1 at least")
-    if arguments.vs and arguments.config:
-        raise UserError("--vs torchvision: its side is R50-FPN Mask R-CNN, so leave --config out")
-    if arguments.vs and "float16" in arguments.precision:
-        raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
+    size, overrides = parse_size(arguments.size), tuple(arguments.config)
+    check_arguments(arguments)
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
         if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
             continue  # neither depends on them
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
-        overrides = tuple(arguments.config)
         cases = [Case(side, part, precision, batch, size, overrides) for side in sides]
         results += measure(cases, repeat=arguments.repeat)
         print_group(results[-len(cases) :], profile=arguments.profile)
+    cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
+    counts = {case.part: in_process(multiply_adds, case) for case in cases}
     rates = {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
+    print_floors(counts, rates)
+    if arguments.json:
+        with open(arguments.json, "x") as file:
+            parts = {"results": results, "multiply-adds": counts, "multiply-adds per second": rates}
+            json.dump(parts, file, indent=2)
+
+
+def check_arguments(arguments):
+    """Raises UserError for options that nothing can be measured with."""
+    if min(*arguments.batch, arguments.repeat) < 1:
+        raise UserError("--batch and --repeat: 1 at least")
+    path = Path(arguments.json).absolute() if arguments.json else None
+    if path and (path.exists() or not os.access(path.parent, os.W_OK)):
+        raise UserError(f"--json {path}: give a new file in a folder that can be written to")
+    if arguments.vs and arguments.config:
+        raise UserError("--vs torchvision: its side is R50-FPN Mask R-CNN, so leave --config out")
+    if arguments.vs and "float16" in arguments.precision:
+        raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
+
+
+def print_floors(counts, rates):
+    """What no implementation that makes all multiply-adds of this one can go below."""
     for precision, rate in rates.items():
         print(f"a large 3x3 convolution in {precision}: {rate / 1e9:.0f} billion multiply-adds per second")
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"results": results, "multiply-adds per second": rates}, file, indent=2)
+        for part, count in counts.items():
+            print(f"  {part}: {count / 1e9:.0f} billion per image, so {count / rate:.3f} s at least")
 
 
 def in_process(function, *args):
