@@ -196,7 +196,7 @@ def _of_image(found, index, *, input_shape, height, width, name):
     boxes_xyxy, scores = found.boxes[rows], found.scores[rows]
     if not (np.isfinite(boxes_xyxy).all() and np.isfinite(scores).all()):
         raise NonFiniteError(
-            f"{name}: the network's numbers are not finite: the weights have diverged or overflow float16"
+            f"{name}: the network's numbers are not finite: its weights have diverged, or overflow (in float16)"
         )
     boxes_xyxy = boxes.clip(boxes.scale(boxes_xyxy, width / input_shape[1], height / input_shape[0]), height, width)
     masks = None if found.masks is None else found.masks[rows]

@@ -223,11 +223,11 @@ def visualize(arguments, checkpoint_path):
     tensors = inspector.names(arguments.tensors)
     for path, record in inputs:
         image = data.load_image(path)
+        if tensors:  # first: they show where numbers that are not finite come from, with which there are no stages
+            save_tensors(image, inspector.fetch(image, tensors), arguments.output / f"{path.stem}-tensors.npz")
         stages = inspector.stages(image)
         picture = draw_stages(image, stages, names, score_threshold=threshold, record=record)
         say(viz.save_picture(picture, arguments.output / f"{path.stem}-stages.png"))
-        if tensors:
-            save_tensors(image, inspector.fetch(image, tensors), arguments.output / f"{path.stem}-tensors.npz")
     return 0
 
 

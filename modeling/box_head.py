@@ -171,7 +171,7 @@ class Detections(NamedTuple):
     """What was found in a batch: the detections of all images together, by image, best first."""
 
     boxes: tf.Tensor  # float32 [R, 4] in pixels of the network's input, clipped to the image
-    scores: tf.Tensor  # float32 [R]
+    scores: tf.Tensor  # float32 [R]; NaN where numbers in the network were not finite
     labels: tf.Tensor  # int64 [R], 1..C
     image_index: tf.Tensor  # int32 [R], into the batch
     masks: tf.Tensor = None  # float32 [R, M, M], probabilities within the box

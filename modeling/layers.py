@@ -44,8 +44,10 @@ def explicit_padding(before, after):
 
 @tf.custom_gradient
 def add(x, y):
-    """The sum of two tensors of one shape. Unlike that of `+`, its gradient doesn't ask for the shapes of both: a
-    convolution of whose output anything else is asked isn't fused with the sum.
+    """The sum of two tensors of the same shape.
+
+    TensorFlow fuses a convolution with the sum only if nothing else reads its output; the gradient of `+` asks for its
+    shape.
     """
     return x + y, lambda gradient: (gradient, gradient)
 
@@ -384,8 +386,8 @@ def channel_of_conv1x1(x, index, channels, *, initializer):
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
     shape = shape_list(x)[:-1]
     x = tf.reshape(x, [shape[0], -1, depth])
-    # In float32, in which the gradients add up. Along axis 0 of a variable its gradient would be sparse, and with those
-    # optimizers leave the momentum of all other channels as it is.
+    # In float32, in which the gradients add up. Not along axis 0 of the variables: their gradients would be sparse, and
+    # a sparse one leaves the momentum of the other channels as it is.
     own_kernel, own_bias = (tf.gather(tf.reshape(v, [-1, channels]), index, axis=1) for v in (kernel, bias))
     own_kernel = tf.cast(tf.transpose(own_kernel), x.dtype)[:, None]
     y = tf.matmul(own_kernel, x, transpose_b=True)[:, 0]

@@ -146,32 +146,40 @@ def build_inference(image, image_shape):
     _name_stages(proposals.boxes, proposals.logits)
     roi_features = _RoIFeatures(features, strides, training=False)
     detections, raw = _detect(roi_features, proposals, image_shape)
-    may_overflow = features if features[0].dtype == tf.float16 else []  # ReLU on a CPU makes 0 of the NaN that follow
-    detections = _tell_non_finite(detections, [*may_overflow, *logits, *raw])
+    # float16 overflows soonest in the maps; of the NaN that follow, ReLU on a CPU makes 0 before they get any further.
+    maps = features if features[0].dtype == tf.float16 else []
+    detections = _tell_non_finite(detections, [*maps, *logits, *deltas, *raw])
     if not config.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
-    logits = _mask_logits(roi_features.for_masks(boxes, image_index), labels)
-    return detections._replace(masks=tf.sigmoid(logits)[: tf.shape(detections.labels)[0]])
+    logits = _mask_logits(roi_features.for_masks(boxes, image_index), labels)[: tf.shape(detections.labels)[0]]
+    scores = tf.where(_is_finite(logits), detections.scores, math.nan)
+    return detections._replace(scores=scores, masks=tf.sigmoid(logits))
 
 
 def _tell_non_finite(detections, tensors):
-    """Adds a detection of score NaN for each image of which one of `tensors` [N, ...] is not finite.
+    """Adds a detection of score NaN, label 1 and an empty box for each image of which one of `tensors` [N, ...] is not
+    finite: it follows the image's others.
 
     NMS drops what is not finite, so that nothing else would tell an overflow from an image without objects.
     """
-    is_finite = [tf.reduce_all(tf.math.is_finite(x), axis=list(range(1, x.shape.rank))) for x in tensors]
-    image_index = tf.cast(tf.where(~tf.reduce_all(tf.stack(is_finite), axis=0))[:, 0], tf.int32)
-    ones = tf.ones_like(image_index)
+    is_finite = tf.reduce_all(tf.stack([_is_finite(x) for x in tensors]), axis=0)
+    image_index = tf.cast(tf.where(~is_finite)[:, 0], tf.int32)
+    count = tf.size(image_index)
     told = box_head.Detections(
-        boxes=tf.zeros([tf.size(ones), 4]),
-        scores=math.nan * tf.cast(ones, tf.float32),
-        labels=tf.cast(ones, tf.int64),
+        boxes=tf.zeros([count, 4]),
+        scores=tf.fill([count], math.nan),
+        labels=tf.ones([count], tf.int64),
         image_index=image_index,
     )
     joined = [tf.concat(parts, axis=0) for parts in zip(detections[:4], told[:4])]
     by_image = tf.argsort(joined[3], stable=True)
     return box_head.Detections(*[tf.gather(x, by_image) for x in joined])
+
+
+def _is_finite(x):
+    """Whether all of each item of [N, ...] is finite: bool [N]."""
+    return tf.reduce_all(tf.math.is_finite(x), axis=list(range(1, x.shape.rank)))
 
 
 def _name_stages(*tensors, first=0):
@@ -483,16 +491,18 @@ def _detect(roi_features, proposals, image_shape):
     """Classify and refine the proposals, and keep the best.
 
     Returns:
-        Detections without masks; and what they were picked from: probabilities [N, P, C + 1], boxes [N, P, C or 1, 4]
+        Detections without masks; and all that the heads said of an image's proposals, as a list of float32 [N, ...]
     """
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
     if config.FPN.CASCADE:
         stages, boxes = _run_cascade(roi_features, proposals.boxes, proposals.is_valid, image_shape)
         probabilities, boxes = cascade.mean_probabilities(stages), boxes[:, :, None, :]
+        raw = [probabilities, *[stage.deltas for stage in stages]]
     else:
         x = roi_features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
         class_logits, deltas = _head_outputs(x, "fastrcnn", class_agnostic=False)
         probabilities = tf.nn.softmax(class_logits)
+        raw = [probabilities, deltas]
         deltas = tf.reshape(deltas, [n, slots, config.DATA.NUM_CATEGORY + 1, 4])[:, :, 1:]
         boxes = box_ops.decode(
             deltas, proposals.boxes[:, :, None], weights=config.FRCNN.BBOX_REG_WEIGHTS, max_log_size=_max_log_size()
@@ -510,7 +520,7 @@ def _detect(roi_features, proposals, image_shape):
         soft_nms=config.TEST.SOFT_NMS,
         soft_nms_sigma=config.TEST.SOFT_NMS_SIGMA,
     )
-    return detections, (probabilities, boxes)
+    return detections, [tf.reshape(x, [n, -1]) for x in raw]
 
 
 # ---------------------------------------------------------------------------------------------------- masks

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     *("BACKBONE.WIDTH=8", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=16", "FPN.FRCNN_FC_HEAD_DIM=16"),
     *("MRCNN.HEAD_DIM=8", "RPN.ANCHOR_SIZES=[8,16,32,64,128]", "FRCNN.BATCH_PER_IM=16", "TEST.RESULTS_PER_IM=7"),
-    *("RPN.TEST_PER_LEVEL_NMS_TOPK=40", "PREPROC.TRAIN_SHORT_EDGE_SIZE=[64,64]"),
-    "FPN.CASCADE=True",
+    *("RPN.TEST_PER_LEVEL_NMS_TOPK=40", "RPN.BATCH_PER_IM=32"),
+    *("FPN.CASCADE=True", "DATA.MAX_DROPPED=0.5"),
 )
 EDGE = "128x128"
 
@@ -96,15 +96,25 @@ def test_ops_belong_to_stages(name, stage):
 def test_multiply_adds_are_counted_forward_and_backward():
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         x, size = tf.compat.v1.placeholder(tf.float32, [None, None, None, 3]), (2, 9, 11, 3)
-        kernel, weights = tf.ones([3, 3, 3, 5]), tf.ones([5, 7])
+        kernel, weights, of_images = tf.ones([3, 3, 3, 5]), tf.ones([5, 7]), tf.ones([2, 7, 6])
         y = tf.reshape(tf.nn.conv2d(x, kernel, 2, "VALID"), [-1, 5]) @ weights
-        unused = tf.nn.conv2d(x, kernel, 1, "SAME")
-        gradients = tf.gradients(y, [x, kernel, weights])
-        forward, both = (benchmark.count_multiply_adds(session, f, {x: np.ones(size)}) for f in ([y], [y, *gradients]))
+        z = tf.matmul(of_images, tf.reshape(y, [2, 20, 7]), transpose_a=True, transpose_b=True)
+        tf.nn.conv2d(x, kernel, 1, "SAME")  # not fetched, not counted
+        gradients = tf.gradients(z, [x, kernel, weights, of_images])
+        forward, both = (benchmark.count_multiply_adds(session, f, {x: np.ones(size)}) for f in ([z], [z, *gradients]))
     pixels = 2 * 4 * 5
-    assert forward == pixels * (27 * 5 + 5 * 7)
+    assert forward == pixels * (27 * 5 + 5 * 7 + 7 * 6)
     assert both == 3 * forward
-    assert unused is not None
+
+
+def test_there_is_no_ratio_of_different_work(capsys):
+    one = dict.fromkeys(("part", "precision", "batch", "s/img", "lowest", "highest", "img/s", "peak MiB"), 1)
+    one |= {"side": "this", "stages": [], "ops": [], "work": {"num_rois": 1000.0}}
+    other = one | {"side": "torchvision", "s/img": 3}
+    benchmark.print_group([one, other], profile=False)
+    benchmark.print_group([one, other | {"work": {"num_rois": 748.0}}], profile=False)
+    ratios = [line.strip() for line in capsys.readouterr().out.splitlines() if "ratio" in line]
+    assert ratios == ["ratio 3.00: torchvision's time over ours", "no ratio: they didn't do the same work"]
 
 
 @pytest.mark.slow
@@ -123,6 +133,8 @@ def test_without_torchvision_it_says_what_installs_it(tmp_path):
         (["--size", "800"], "--size 800: give HEIGHTxWIDTH in pixels, 32 at least"),
         (["--size", "800x-5"], "--size 800x-5: give HEIGHTxWIDTH in pixels, 32 at least"),
         (["--size", "31x64"], "--size 31x64: give HEIGHTxWIDTH in pixels, 32 at least"),
+        (["--json", "README.md"], "README.md: give a new file in a folder that can be written to"),
+        (["--json", "none/of/these.json"], "these.json: give a new file in a folder that can be written to"),
         (["--batch", "2", "0"], "--batch and --repeat: 1 at least"),
         (["--repeat", "0"], "--batch and --repeat: 1 at least"),
         (["--vs", "torchvision", "--precision", "float16"], "--vs torchvision: not in float16"),

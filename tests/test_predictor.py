@@ -1,7 +1,6 @@
 """eval.Predictor as other programs use it: several models, many threads, mistakes."""
 
 import ctypes
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -59,21 +58,30 @@ def test_mistakes(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "settings"),
+    ("model", "variable", "fed_by", "settings"),
     [
-        ("fpn/posthoc_3x3_p2/W", 6e4, ["TEST.PRECISION=float16"]),
-        ("fastrcnn/fc7/b", 3e38, []),
-        ("rpn/conv0/W", 3e38, ["TEST.TTA_FLIP=True"]),
+        ("fpn", "fpn/posthoc_3x3_p2/W", "fpn/lateral_1x1_c2/b", ["TEST.PRECISION=float16"]),
+        ("fpn", "rpn/box/W", "rpn/conv0/b", ["TEST.TTA_FLIP=True"]),
+        ("fpn", "fastrcnn/outputs/box/W", "fastrcnn/fc7/b", []),
+        ("fpn", "maskrcnn/conv/W", "maskrcnn/deconv/b", []),
+        ("boxes", "rpn/class/W", "rpn/conv0/b", ["TEST.PRECISION=bfloat16"]),
+        ("cascade", "cascade_rcnn_stage1/outputs/box/W", "cascade_rcnn_stage1/head/fc7/b", []),
+        ("cascade", "cascade_rcnn_stage3/outputs/class/W", "cascade_rcnn_stage3/head/fc7/b", []),
+        ("c4", "rpn/box/W", "rpn/conv0/b", ["TEST.PRECISION=float16"]),
+        ("c4", "maskrcnn/conv/W", "maskrcnn/deconv/b", []),
     ],
 )
-def test_overflow_is_told(variable, value, settings, run, tmp_path):
-    """Not taken for an image without objects."""
-    values = checkpoint.read(checkpoint.resolve(run))
-    shutil.copy(run / "config.json", tmp_path)
+def test_overflow_is_told(model, variable, fed_by, settings, tmp_path):
+    """Not taken for an image without objects, or objects without masks."""
+    values = checkpoint.read(checkpoint.resolve(make_model(tmp_path, model)))
+    values[fed_by] += 100  # what the large weights are multiplied by
+    largest = 6e4 if "TEST.PRECISION=float16" in settings else 3e38
+    large = np.random.default_rng(0).choice(np.float32([-largest, largest]), values[variable].shape)
+    np.savez(tmp_path / "finite.npz", **values)
+    np.savez(tmp_path / "large.npz", **values | {variable: large})
     image = shapes.draw_image(np.random.default_rng(5), 96)[0]
-    assert len(Predictor(run, settings=settings)([image])[0].labels) == 12
-    np.savez(tmp_path / "large.npz", **values | {variable: np.full_like(values[variable], value)})
-    with pytest.raises(NonFiniteError, match="image 1 of 1: .* not finite: .* float16"):
+    Predictor(tmp_path / "finite.npz", settings=settings)([image])
+    with pytest.raises(NonFiniteError, match="image 1 of 1: .* not finite: .*diverged"):
         Predictor(tmp_path / "large.npz", settings=settings)([image])
 
 

@@ -439,18 +439,22 @@ def test_training_is_fused_forward_and_runs_as_many_ops_for_more_images(precisio
     assert ran[0] == ran[1]
 
 
-@pytest.mark.parametrize(("norm", "is_folded"), [("FreezeBN", True), ("SyncBN", False), ("GN", False)])
-def test_frozen_batch_norm_leaves_no_op_on_maps(norm, is_folded, configure):
+NORMALISING = {"Mul", "Sub", "RealDiv", "Rsqrt", "SquaredDifference", "FusedBatchNormV3"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "training", "is_folded"),
+    [("FreezeBN", True, True), ("SyncBN", True, False), ("GN", True, False), ("SyncBN", False, True)],
+)
+def test_frozen_batch_norm_leaves_no_op_on_maps(norm, training, is_folded, configure):
     configure(*SMALL, f"BACKBONE.NORM={norm}")
-    with tf.Graph().as_default() as graph:
-        inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=True)}
-        with TowerContext("", is_training=True):
-            rcnn.build_training(**inputs)
+    with tf.Graph().as_default() as graph, TowerContext("", is_training=training):
+        inputs = {s.name: tfv1.placeholder(s.dtype, s.shape, s.name) for s in rcnn.input_signature(training=training)}
+        (rcnn.build_training if training else rcnn.build_inference)(**inputs)
     ops = [op for op in graph.get_operations() if re.match(r"(conv0|group\d)/", op.name)]
     on_maps = {op.type for op in ops for x in op.outputs if x.shape.rank in (4, 5) and x.shape[0] is None}
     assert {"Conv2D", "Relu"} <= on_maps
-    normalising = on_maps & {"Mul", "Sub", "RealDiv", "Rsqrt", "SquaredDifference", "FusedBatchNormV3"}
-    assert bool(normalising) is not is_folded, normalising
+    assert bool(on_maps & NORMALISING) is not is_folded
 
 
 def test_an_image_with_numbers_that_are_not_finite_gets_a_score_of_nan():

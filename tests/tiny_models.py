@@ -22,10 +22,10 @@ MODELS = {
 }
 
 
-def make_model(folder, name):
-    """Makes the run of one of MODELS in a folder, and returns the folder."""
+def make_model(folder, name, *settings):
+    """Makes the run of one of MODELS in a folder, and returns the folder. `settings`: texts KEY=VALUE, for others."""
     with config.temporary(), tf.Graph().as_default(), tf.Session() as session:
-        config.update([*SETTINGS, *MODELS[name]])
+        config.update([*SETTINGS, *MODELS[name], *settings])
         config.save(folder / "config.json")
         sessions.Inference()
         session.run(tf.global_variables_initializer())

@@ -91,7 +91,8 @@ def configure(case):
     height, width = case.size
     config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={case.foreground_iou}", "TEST.RESULT_SCORE_THRESH=0.0"])
     config.update([f"RPN.PROPOSAL_NMS_THRESH={case.proposal_iou}"])
-    config.update([f"PREPROC.TEST_SHORT_EDGE_SIZE={min(case.size)}", f"PREPROC.MAX_SIZE={max(height, width, 1333)}"])
+    config.update([f"PREPROC.{phase}_SHORT_EDGE_SIZE={min(case.size)}" for phase in ("TRAIN", "TEST")])
+    config.update([f"PREPROC.MAX_SIZE={max(height, width, 1333)}"])
     config.update([f"{phase}.PRECISION={case.precision}" for phase in ("TRAIN", "TEST")])
     config.update([f"{phase}.BATCH_SIZE_PER_GPU={case.batch}" for phase in ("TRAIN", "TEST")])
     config.update(case.overrides)
@@ -206,8 +207,8 @@ def prepare_data(case):
     from dataset import get_datasets, shapes
 
     cv2.setNumThreads(1)  # as in a worker
-    folder = tempfile.TemporaryDirectory()
-    if not any(override.startswith("DATA.") for override in case.overrides):
+    folder = tempfile.TemporaryDirectory()  # of which the function below holds on
+    if not any(override.startswith(("DATA.TRAIN=", "DATA.BASEDIR=")) for override in case.overrides):
         shapes.generate(folder.name, train=8, val=1, size=min(case.size))
         config.update([f"DATA.BASEDIR={folder.name}", "DATA.TRAIN=shapes_train"])
     config.DATA.NUM_WORKERS = 0
@@ -273,8 +274,9 @@ def serve(case, connection):
         connection.send({"peak": peak, "ops": profile_ops(run)})
     except UserError as error:
         connection.send({"error": str(error)})
-    except ModuleNotFoundError as error:
-        connection.send({"error": f"{error}: `make bench` installs what the comparison needs"})
+    except ImportError as error:
+        way_out = ": `make bench` installs what the comparison needs" if case.side == "torchvision" else ""
+        connection.send({"error": f"{error}{way_out}"})
 
 
 def profile_ops(run):
@@ -470,22 +472,27 @@ def parse_size(text):
 def main(arguments):
     size, overrides = parse_size(arguments.size), tuple(arguments.config)
     check_arguments(arguments)
+    counts, rates = find_floors(arguments, size, overrides)
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
         if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
-            continue  # neither depends on them
+            continue  # once is enough
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
         cases = [Case(side, part, precision, batch, size, overrides) for side in sides]
         results += measure(cases, repeat=arguments.repeat)
         print_group(results[-len(cases) :], profile=arguments.profile)
-    cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
-    counts = {case.part: in_process(multiply_adds, case) for case in cases}
-    rates = {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
     print_floors(counts, rates)
     if arguments.json:
         with open(arguments.json, "x") as file:
             parts = {"results": results, "multiply-adds": counts, "multiply-adds per second": rates}
             json.dump(parts, file, indent=2)
+
+
+def find_floors(arguments, size, overrides):
+    """Multiply-adds per image of each part that is a graph, and their rate per second in each precision: two dicts."""
+    cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
+    counts = {case.part: in_process(multiply_adds, case) for case in cases}
+    return counts, {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
 
 
 def check_arguments(arguments):
@@ -495,18 +502,18 @@ def check_arguments(arguments):
     path = Path(arguments.json).absolute() if arguments.json else None
     if path and (path.exists() or not os.access(path.parent, os.W_OK)):
         raise UserError(f"--json {path}: give a new file in a folder that can be written to")
-    if arguments.vs and arguments.config:
-        raise UserError("--vs torchvision: its side is R50-FPN Mask R-CNN, so leave --config out")
+    if arguments.vs and not all(override.startswith("DATA.") for override in arguments.config):
+        raise UserError("--vs torchvision: its side is R50-FPN Mask R-CNN, so --config takes DATA keys alone")
     if arguments.vs and "float16" in arguments.precision:
         raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
 
 
 def print_floors(counts, rates):
-    """What no implementation that makes all multiply-adds of this one can go below."""
+    """How long an image's multiply-adds take at the rate of a large convolution."""
     for precision, rate in rates.items():
         print(f"a large 3x3 convolution in {precision}: {rate / 1e9:.0f} billion multiply-adds per second")
         for part, count in counts.items():
-            print(f"  {part}: {count / 1e9:.0f} billion per image, so {count / rate:.3f} s at least")
+            print(f"  {part}: {count / 1e9:.0f} billion per image, {count / rate:.3f} s at that rate")
 
 
 def in_process(function, *args):

@@ -5,7 +5,10 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from config import UserError
+
+if torch.cuda.is_available():
+    raise UserError("this comparison is made on the CPU: set CUDA_VISIBLE_DEVICES= (empty)")
 
 
 def make_model(case, **options):
@@ -14,23 +17,17 @@ def make_model(case, **options):
         backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
     sizes = dict(min_size=min(case.size), max_size=max(*case.size, 1333))
-    return MaskRCNN(backbone, 81, **sizes, rpn_nms_thresh=case.proposal_iou, **options).to(DEVICE)
+    return MaskRCNN(backbone, 81, **sizes, rpn_nms_thresh=case.proposal_iou, **options)
 
 
 def autocast(case):
-    """Mixed precision as PyTorch does it."""
-    return torch.autocast(DEVICE, torch.bfloat16, enabled=case.precision == "bfloat16")
+    """Mixed precision as PyTorch does it on a CPU."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bfloat16")
 
 
 def as_tensors(images):
     """uint8 BGR [N, H, W, 3] -> list of float32 RGB [3, H, W] in 0..1"""
-    return [torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float().to(DEVICE) / 255 for image in images]
-
-
-def wait():
-    """Until the GPU, if it is one that computes, has done what it was given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    return [torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float() / 255 for image in images]
 
 
 def counter(work, name, count):
@@ -54,15 +51,17 @@ def prepare_inference(case, batch):
 
     def run():
         with torch.inference_mode(), autocast(case):
-            found = model(images)
-        wait()
-        return found
+            return model(images)
 
     handle = heads.box_predictor.register_forward_hook(counter(work, "threshold", threshold))
-    heads.score_thresh = 1.0
-    run()
+    for _ in range(case.draws):
+        draw_weights(model)
+        heads.score_thresh = 1.0
+        run()
+        heads.score_thresh, work["num_rois"] = work.pop("threshold")
+        if work["num_rois"] == model.rpn.post_nms_top_n():
+            break
     handle.remove()
-    heads.score_thresh, work["num_rois"] = work.pop("threshold")
     work["num_detections"] = sum(len(one["scores"]) for one in run()) / case.batch
     return run, work
 
@@ -76,9 +75,9 @@ def prepare_training(case, batch):
     images = as_tensors(batch["image"])
     targets = [
         {
-            "boxes": torch.from_numpy(batch["gt_boxes"][i]).to(DEVICE),
-            "labels": torch.from_numpy(batch["gt_labels"][i]).to(DEVICE),
-            "masks": torch.from_numpy(batch["gt_masks"][i]).byte().to(DEVICE),
+            "boxes": torch.from_numpy(batch["gt_boxes"][i]),
+            "labels": torch.from_numpy(batch["gt_labels"][i]),
+            "masks": torch.from_numpy(batch["gt_masks"][i]).byte(),
         }
         for i in range(case.batch)
     ]
@@ -92,7 +91,6 @@ def prepare_training(case, batch):
         optimizer.zero_grad()
         cost.backward()
         optimizer.step()
-        wait()
 
     heads = model.roi_heads
     handles = [
