@@ -255,7 +255,6 @@ PREPARE = {
 
 def serve(case, connection):
     """The process of one case: prepares it, then measures whenever it is told to."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     try:
         if case.side == "torchvision":
             from tools import torchvision_peer
@@ -472,6 +471,7 @@ def parse_size(text):
 def main(arguments):
     size, overrides = parse_size(arguments.size), tuple(arguments.config)
     check_arguments(arguments)
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # of all processes to come
     counts, rates = find_floors(arguments, size, overrides)
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
