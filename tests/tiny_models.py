@@ -29,13 +29,17 @@ def make_model(folder, name, *settings):
         config.save(folder / "config.json")
         sessions.Inference()
         session.run(tf.global_variables_initializer())
-        checkpoint.assign(session, _last_layers(np.random.default_rng(0)))
+        checkpoint.assign(session, _random_kernels(np.random.default_rng(0)))
         tf.train.Saver().save(session, str(folder / "model-1"))
     return folder
 
 
-def _last_layers(rng):
-    """Weights large enough that scores, boxes and masks differ between objects."""
-    variables = checkpoint.model_variables().items()
-    last = [v for name, v in variables if name.endswith(("/class/W", "/box/W")) or name == "maskrcnn/conv/W"]
-    return {variable: rng.normal(0, 0.3, variable.shape.as_list()) for variable in last}
+def _random_kernels(rng):
+    """By name, whatever else is in the graph; in the last layers so large that scores, boxes and masks differ."""
+    kernels = {}
+    for name, variable in sorted(checkpoint.model_variables().items()):
+        shape = variable.shape.as_list()
+        is_last = name.endswith(("/class/W", "/box/W")) or name == "maskrcnn/conv/W"
+        if name.endswith("/W"):
+            kernels[variable] = rng.normal(0, 0.3 if is_last else np.sqrt(2 / np.prod(shape[:-1])), shape)
+    return kernels
