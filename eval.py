@@ -194,13 +194,18 @@ def _of_image(found, index, *, input_shape, height, width, name):
     rows = np.flatnonzero(np.asarray(found.image_index) == index)
     rows = rows[np.argsort(-found.scores[rows], kind="stable")]
     boxes_xyxy, scores = found.boxes[rows], found.scores[rows]
-    if not (np.isfinite(boxes_xyxy).all() and np.isfinite(scores).all()):
-        raise NonFiniteError(
-            f"{name}: the network's numbers are not finite: its weights have diverged, or overflow (in float16)"
-        )
+    check_finite(name, boxes_xyxy, scores)
     boxes_xyxy = boxes.clip(boxes.scale(boxes_xyxy, width / input_shape[1], height / input_shape[0]), height, width)
     masks = None if found.masks is None else found.masks[rows]
     return ImageDetections(boxes_xyxy, scores, found.labels[rows], masks)
+
+
+def check_finite(name, *arrays):
+    """Raises NonFiniteError if an array of what the network returned has NaN or infinity. `name`: of the image."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise NonFiniteError(
+            f"{name}: the network's numbers are not finite: its weights have diverged, or overflow (in float16)"
+        )
 
 
 def _with_pasted_masks(detections, height, width):

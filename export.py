@@ -13,7 +13,8 @@ and returns for each image its K detections, best first, K that of the image wit
     labels int64 [N, K], 1..C; class_names string [N, K]; and for a model with masks
     masks uint8 [N, K, H, W] of 0 and 1 (serving_default), mask_bytes string [N, K], PNG files of 0 and 255 (encoded)
 
-A last detection of score NaN, with label 1 and an empty box, tells that numbers in the network overflowed.
+A score of NaN tells that numbers in the network overflowed: that of a detection whose mask did, or else of one with
+label 1 and an empty box after an image's others.
 
 The tensorpack format is that of tensorpack's own export: one image, resized by the caller, and boxes and masks as the
 network returns them.
@@ -33,7 +34,7 @@ import data
 import image_ops
 import sessions
 from config import UserError, config, uses_augmentation
-from eval import ImageDetections
+from eval import ImageDetections, check_finite
 from modeling import rcnn
 
 tfv1 = tf.compat.v1
@@ -304,13 +305,14 @@ def compare(expected, found):
     """Says in a few words how far the detections in one image differ, both ImageDetections.
 
     Raises:
-        ExportError: by more than the tolerances; or there are others.
+        ExportError: by more than the tolerances; or there are others. NonFiniteError: the program overflowed.
     """
     if sorted(expected.labels) != sorted(found.labels):
         numbers = f"{len(found.labels)} objects, the program {len(expected.labels)}"
         raise ExportError(f"the exported model finds {numbers}, or objects of other classes")
     if not len(expected.labels):
         return "nothing to compare: nothing was found in the image; name another with --check-image"
+    check_finite("the image to compare with", expected.scores)
     found = found.select(_partners(expected, found))
     boxes = float(np.abs(expected.boxes_xyxy - found.boxes_xyxy).max())
     scores = float(np.abs(expected.scores - found.scores).max())

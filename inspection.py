@@ -74,14 +74,16 @@ class Inspector:
         return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
     def fetch(self, image, names):
-        """The values of tensors for one image: {name: array}.
+        """The values of tensors for one image: {name: array}, of bfloat16 as float32.
 
         Args:
             image: uint8 [H, W, 3] BGR. names: of `names`.
         """
         inputs = dict(zip(self._inference.inputs, self._geometry.batch([image])))
         tensors = {name: self._graph.get_tensor_by_name(f"{SCOPE}{name}:0") for name in names}
-        return self._session.run(tensors, inputs)
+        values = self._session.run(tensors, inputs)
+        # NumPy knows bfloat16 by name only.
+        return {n: x.astype(np.float32) if x.dtype == tf.bfloat16.as_numpy_dtype else x for n, x in values.items()}
 
     def stages(self, image):
         """Stages of one image, uint8 [H, W, 3] BGR."""

@@ -223,7 +223,7 @@ def visualize(arguments, checkpoint_path):
     tensors = inspector.names(arguments.tensors)
     for path, record in inputs:
         image = data.load_image(path)
-        if tensors:  # first: they show where numbers that are not finite come from, with which there are no stages
+        if tensors:  # first: where numbers are not finite, they show it, and the stages are refused
             save_tensors(image, inspector.fetch(image, tensors), arguments.output / f"{path.stem}-tensors.npz")
         stages = inspector.stages(image)
         picture = draw_stages(image, stages, names, score_threshold=threshold, record=record)

@@ -146,7 +146,7 @@ def build_inference(image, image_shape):
     _name_stages(proposals.boxes, proposals.logits)
     roi_features = _RoIFeatures(features, strides, training=False)
     detections, raw = _detect(roi_features, proposals, image_shape)
-    # float16 overflows soonest in the maps; of the NaN that follow, ReLU on a CPU makes 0 before they get any further.
+    # float16 overflows in the maps first, and ReLU on a CPU would make 0 of the NaN that follow from it in the heads.
     maps = features if features[0].dtype == tf.float16 else []
     detections = _tell_non_finite(detections, [*maps, *logits, *deltas, *raw])
     if not config.MODE_MASK:

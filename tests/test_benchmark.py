@@ -123,7 +123,7 @@ def test_without_torchvision_it_says_what_installs_it(tmp_path):
     done = run("--vs", "torchvision", "--parts", "inference", "--size", "64x64", env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "benchmark: torchvision, inference: No module named 'torch': `make bench` installs what the comparison needs"
+        "benchmark: --vs torchvision: No module named 'torch': `make bench` installs what it needs"
     )
 
 

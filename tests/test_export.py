@@ -22,7 +22,7 @@ import export
 import predict
 from config import UserError, config
 from dataset import shapes
-from eval import ImageDetections, Predictor
+from eval import ImageDetections, NonFiniteError, Predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 # A process in which importing anything that is not TensorFlow's own fails.
@@ -251,6 +251,7 @@ def test_equal_results_pass_in_any_order():
     [
         {"boxes_xyxy": np.float32([[5, 5, 25, 25.06], [10, 10, 40, 30]])},
         {"scores": np.float32([0.9, 0.5002])},
+        {"scores": np.float32([0.9, np.nan])},
         {"labels": np.array([1, 1])},
         {"masks": detections().masks[::-1]},
     ],
@@ -258,6 +259,12 @@ def test_equal_results_pass_in_any_order():
 def test_differences_beyond_tolerance_are_errors(changes):
     with pytest.raises(export.ExportError):
         export.compare(detections(), detections(**changes))
+
+
+def test_program_that_overflows_has_nothing_to_compare_with():
+    overflowed = detections(scores=np.float32([0.9, np.nan]))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        export.compare(overflowed, overflowed)
 
 
 def test_missing_object_is_an_error():

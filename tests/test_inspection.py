@@ -20,8 +20,10 @@ def model(request, tmp_path_factory):
     folder = make_model(tmp_path_factory.mktemp("run"), request.param)
     with config.temporary():
         config.load(folder / "config.json")
+        config.TEST.PRECISION = "bfloat16" if request.param == "cascade" else "float32"
         inspector = inspection.Inspector(folder / "model-1")
-    return inspector, Predictor(folder)
+        precision = f"TEST.PRECISION={config.TEST.PRECISION}"
+    return inspector, Predictor(folder, settings=[precision])
 
 
 @pytest.fixture
@@ -55,6 +57,7 @@ def test_any_tensor_by_name(model, image):
     assert inspector.names(["proposals/*"]) == ["proposals/boxes", "proposals/logits"]
     (convolution,) = inspector.names(["conv0/Relu"])
     values = inspector.fetch(image, [convolution, "proposals/logits"])
+    assert values[convolution].dtype == np.float32  # also of the model in bfloat16, of which NumPy knows nothing
     assert values[convolution].shape[0] == 1 and values[convolution].shape[3] == 4 and values[convolution].min() == 0
     assert (np.diff(values["proposals/logits"][0]) <= 0).all()
     with pytest.raises(UserError, match="no tensor is called proposals/boxs: near are proposals/boxes"):

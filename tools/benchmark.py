@@ -7,12 +7,14 @@
 Each measurement is a process of its own. Where two are compared they take turns, so that a noisy machine is noisy for
 both; who waits does nothing. Both do the same work, which is printed: weights are random, so the numbers of proposals,
 RoIs, foreground masks and detections are set by thresholds, and weights drawn until they suffice (30 times at most).
-Where they don't, there is no ratio. Data are generated images if no DATA settings name others; one core makes them.
+Where the work differs, there is no ratio. Data are square generated images if no DATA settings name others; one core
+makes the examples.
 """
 
 import argparse
 import collections
 import contextlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -207,7 +209,7 @@ def prepare_data(case):
     from dataset import get_datasets, shapes
 
     cv2.setNumThreads(1)  # as in a worker
-    folder = tempfile.TemporaryDirectory()  # of which the function below holds on
+    folder = tempfile.TemporaryDirectory()  # lives as long as the function below
     if not any(override.startswith(("DATA.TRAIN=", "DATA.BASEDIR=")) for override in case.overrides):
         shapes.generate(folder.name, train=8, val=1, size=min(case.size))
         config.update([f"DATA.BASEDIR={folder.name}", "DATA.TRAIN=shapes_train"])
@@ -273,9 +275,6 @@ def serve(case, connection):
         connection.send({"peak": peak, "ops": profile_ops(run)})
     except UserError as error:
         connection.send({"error": str(error)})
-    except ImportError as error:
-        way_out = ": `make bench` installs what the comparison needs" if case.side == "torchvision" else ""
-        connection.send({"error": f"{error}{way_out}"})
 
 
 def profile_ops(run):
@@ -472,6 +471,8 @@ def main(arguments):
     size, overrides = parse_size(arguments.size), tuple(arguments.config)
     check_arguments(arguments)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # of all processes to come
+    if arguments.vs:
+        in_process(check_peer)
     counts, rates = find_floors(arguments, size, overrides)
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
@@ -492,7 +493,15 @@ def find_floors(arguments, size, overrides):
     """Multiply-adds per image of each part that is a graph, and their rate per second in each precision: two dicts."""
     cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
     counts = {case.part: in_process(multiply_adds, case) for case in cases}
-    return counts, {precision: in_process(convolution_rate, precision) for precision in arguments.precision}
+    return counts, {precision: in_process(convolution_rate, precision) for precision in arguments.precision if counts}
+
+
+def check_peer():
+    """Raises UserError where torchvision's side can't be measured."""
+    try:
+        importlib.import_module("tools.torchvision_peer")
+    except ImportError as error:
+        raise UserError(f"--vs torchvision: {error}: `make bench` installs what it needs") from error
 
 
 def check_arguments(arguments):
