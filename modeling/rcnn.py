@@ -172,9 +172,10 @@ def _tell_non_finite(detections, tensors):
         labels=tf.ones([count], tf.int64),
         image_index=image_index,
     )
-    joined = [tf.concat(parts, axis=0) for parts in zip(detections[:4], told[:4])]
-    by_image = tf.argsort(joined[3], stable=True)
-    return box_head.Detections(*[tf.gather(x, by_image) for x in joined])
+    all_but_masks = zip(detections[:4], told[:4])
+    joined = box_head.Detections(*[tf.concat(parts, axis=0) for parts in all_but_masks])
+    by_image = tf.argsort(joined.image_index, stable=True)
+    return box_head.Detections(*[tf.gather(x, by_image) for x in joined[:4]])
 
 
 def _is_finite(x):

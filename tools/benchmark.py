@@ -344,7 +344,7 @@ class Worker:
         """The result as a dict: the case, seconds per image, images per second, memory, the work done, stages, ops."""
         self._connection.send(False)
         last = self._answer()
-        self._process.join(60)  # it clears up
+        self._process.join(60)  # until it has removed its folder, if it has one
         median = statistics.median(self.seconds)
         return {
             **{name: getattr(self.case, name) for name in ("part", "precision", "batch", "side")},
