@@ -29,11 +29,11 @@ lint: dev ## check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-format: dev ## mend style and formatting where ruff can
+format: dev ## fix style and formatting where ruff can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-setup: ## make or update .venv with what training and prediction need
+setup: ## make or update .venv for training and prediction
 	@$(ENVIRONMENT)
 
 dev: ## setup, and what tests need
@@ -42,10 +42,10 @@ dev: ## setup, and what tests need
 horovod: ## setup, and Horovod (built from source once, then from a cache)
 	@$(ENVIRONMENT) horovod
 
-bench: setup ## what takes how long, beside torchvision (installs PyTorch)
+bench: setup ## measure speed beside torchvision (installs PyTorch)
 	$(RUN) -m pip install --quiet -r requirements/bench.txt -c requirements/constraints.txt
 	$(RUN) -m tools.benchmark --vs torchvision --precision float32 bfloat16 --batch 1 2 $(ARGS)
 
-lock: dev ## renew requirements/constraints.txt (a new name first: a failure leaves the old file)
+lock: dev ## renew requirements/constraints.txt (a failure leaves the old file)
 	$(RUN) setup/lock.py >requirements/constraints.new
 	mv requirements/constraints.new requirements/constraints.txt

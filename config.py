@@ -1,16 +1,16 @@
-"""The configuration: every setting with its default, how settings are given, checked, saved and frozen.
+"""The configuration: every setting with its default; how settings are read, checked, saved and frozen.
 
     from config import config
-    config.update(["MODE_FPN=True", "TRAIN.BASE_LR=0.02"])    what follows --config on the command line
-    config.check()                                            refuses what makes no sense, before anything is built
-    config.freeze()                                           from here on it is only read: config.TRAIN.BASE_LR
+    config.update(["MODE_FPN=True", "TRAIN.BASE_LR=0.02"])    the words after --config on the command line
+    config.update(["@recipes/r50_fpn_mask_1x.cfg"])           settings of a file; later words and files take precedence
+    config.check()                                            rejects invalid settings before anything is built
+    config.freeze()                                           makes it read-only: config.TRAIN.BASE_LR
 
-Keys, defaults and meanings are those of the published recipes, so that a recipe can be pasted. A value is a Python
-literal of the default's type (text needs no quotes); nothing is ever evaluated. Lists are stored as tuples.
+Keys, defaults and meanings are those of the published recipes, so recipes can be pasted. A value is a Python literal of
+the default's type (text needs no quotes); no expression is ever evaluated. Lists are stored as tuples.
 """
 
 import ast
-import contextlib
 import difflib
 import json
 import logging
@@ -19,146 +19,161 @@ import os
 import re
 import reprlib
 import shlex
-import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+VERSION = "1.0.0"  # of the project; CHANGELOG.md lists the changes of each version
+PROJECT_DIR = os.path.dirname(os.path.abspath(__file__))
 
 logger = logging.getLogger(__name__)
-_TEMPORARY = threading.RLock()
+
+FPN_MULTIPLE = 32  # FPN pads images to multiples of the stride of its coarsest backbone map; C4 does not pad
 
 
 class UserError(Exception):
-    """Base of the errors that are the user's to mend: programs print the message and end with `exit_code`."""
+    """Base of the errors that the user can correct: programs print the message and exit with `exit_code`."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A setting that is unknown, of the wrong type, out of range or contradictory: one line for each."""
+    """Settings that are unknown, of the wrong type, out of range or contradictory; one line for each."""
 
 
-# Units: lengths are pixels of the resized image; IoU, ratios and scores lie in 0..1. A step is one run of the graph,
-# an update of the weights is made of one step or, where the batch is small, of several.
+# Units: lengths are pixels of the resized image; IoU, ratios and scores lie in 0..1. A step is one run of the graph;
+# an update of the weights takes one step or, with gradient accumulation, several.
 DEFAULTS = dict(
     TRAINER="replicated",  # "replicated": all GPUs of one machine; "horovod": one process per GPU, on any machines
+    PLUGINS=[],  # modules given to --plugins, recorded by the run
     MODE_MASK=True,  # Mask R-CNN: predict a mask for each box
-    CONVENTIONS="tensorpack",  # or torchvision, detectron2: fine print of a detector that converted weights expect
+    CONVENTIONS="tensorpack",  # or torchvision, detectron2: framework-specific details that converted weights depend on
     MODE_FPN=False,  # feature pyramid (strides 4 to 64) instead of C4's one map of stride 16
     DATA=dict(
-        BASEDIR="/path/to/your/DATA/DIR",  # the folder that holds `annotations` and the image folders
-        TRAIN=["coco_train2017"],  # data sets, used as one: names (see dataset/) or ANNOTATIONS.json:IMAGE_DIR
+        BASEDIR="/path/to/your/DATA/DIR",  # folder with `annotations` and the image folders
+        TRAIN=["coco_train2017"],  # data sets, combined: names (see dataset/) or ANNOTATIONS.json:IMAGE_DIR
         VAL=["coco_val2017"],  # data sets, evaluated one by one
         NUM_CATEGORY=-1,  # classes without background; filled in from the training data
-        CLASS_NAMES=[],  # their names after "BG", the background; filled in likewise
-        CATEGORY_IDS=[],  # their ids in the annotations of the training data; filled in likewise
-        ABSOLUTE_COORD=True,  # boxes of the annotations are in pixels; the only kind that is read
+        CLASS_NAMES=[],  # "BG" (background) and the names of the classes; filled in from the training data
+        CATEGORY_IDS=[],  # ids of the classes in the annotations; filled in from the training data
+        ABSOLUTE_COORD=True,  # annotated boxes are in pixels; False is not supported
         FILTER_EMPTY_ANNOTATIONS=True,  # leave images without objects out of training
-        MAX_DROPPED=0.01,  # share of broken objects, or of unreadable images, that is left out; more ends the run
-        REPEAT_THRESHOLD=0.0,  # images of classes that a smaller share of images shows come more often; LVIS: 0.001
+        MAX_DROPPED=0.01,  # largest share of unusable objects, or unreadable images, to leave out; more end the run
+        REPEAT_THRESHOLD=0.0,  # repeat images of classes that occur in a smaller share of images; LVIS: 0.001
         NUM_WORKERS=10,  # processes that prepare images; 0: in the main process
     ),
     BACKBONE=dict(
-        WEIGHTS="",  # file of ImageNet weights to start from; empty: random ones
+        WEIGHTS="",  # file of ImageNet weights to start from; empty: random weights
         NAME="resnet",  # resnet (50, 101, 152), resnet_basic (18, 34), resnext_32x4d, resnext_32x8d or resnext_64x4d
         RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
         WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
-        NORM="FreezeBN",  # FreezeBN (statistics of the weights), SyncBN (of the batches of all devices), GN or None
+        NORM="FreezeBN",  # FreezeBN (stored statistics), SyncBN (statistics over all devices' batches), GN or None
         NORM_EPSILON=1e-5,  # added to a variance; torchvision's published detectors have 0
-        FREEZE_AFFINE=False,  # FreezeBN: keep scale and shift of every norm fixed, too
+        FREEZE_AFFINE=False,  # FreezeBN: also freeze scale and shift of every norm
         FREEZE_AT=2,  # 0 trains the whole backbone, 1 freezes the stem, 2 also the first stage, ... 5 all
-        TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights that were trained so
-        STRIDE_1X1=False,  # stride on a block's first 1x1 convolution (MSRA's ResNets), not on its 3x3 one
+        TF_PAD_MODE=False,  # pad as TensorFlow does, at the bottom and right, for weights trained that way
+        STRIDE_1X1=False,  # stride on a block's first 1x1 convolution (MSRA's ResNets) instead of the 3x3
     ),
     TRAIN=dict(
-        NUM_GPUS=None,  # towers on this machine; None: one for each GPU in sight, or one on the CPU
+        NUM_GPUS=None,  # towers on this machine; None: one for each visible GPU, or one on the CPU
         BATCH_SIZE_PER_GPU=1,  # images
-        PRECISION="float32",  # of the network's arithmetic: float32, bfloat16 or, on GPUs that lack that, float16 with
-        # its loss scaled; variables stay float32
+        PRECISION="float32",  # of the network: float32, bfloat16 or, on GPUs without that, float16 with loss scaling;
+        # variables stay float32
         SEED=0,  # of weights, data order and samples
+        OPTIMIZER="momentum",  # plugins register others
+        LOGGERS=["tensorboard"],  # destinations of a run's metrics, beside stats.json and the log; plugins add others
         WEIGHT_DECAY=1e-4,  # of convolution and fully connected kernels
         BASE_LR=0.01,  # learning rate at a total batch of 8 images; proportional to the total batch
-        WARMUP=1000,  # first steps, in which the learning rate rises linearly; whatever the batch
-        WARMUP_INIT_LR=1e-5,  # where it starts, whatever the batch
+        WARMUP=1000,  # first steps, with a linearly rising learning rate; independent of the batch
+        WARMUP_INIT_LR=1e-5,  # learning rate at the start of the warm-up; independent of the batch
         STEPS_PER_EPOCH=500,  # an epoch is a unit of reporting, not a pass over the data
-        STARTING_EPOCH=1,  # number of the first epoch; more than 1 skips what lies before
+        STARTING_EPOCH=1,  # number of the first epoch; only 1 is supported, --resume continues a run
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
-        EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last
-        EVAL_PICTURES=0,  # images of each data set that an evaluation draws into TensorBoard, beside the ground truth
+        EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last epoch
+        EVAL_PICTURES=0,  # images per data set that an evaluation draws beside their ground truth in TensorBoard
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
-        STALL_TIMEOUT=600.0,  # seconds without a step after which a run ends; 20 median steps where that is longer
+        STALL_TIMEOUT=600.0,  # seconds without a step after which a run ends; 20 median steps if that is longer
     ),
     PREPROC=dict(
-        TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three and more to choose from
-        TRAIN_CROP_SIZE=0,  # above 0: long edges of this times TRAIN_CROP_SCALE, cut to squares of this size at random
+        TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three or more choices
+        TRAIN_CROP_SIZE=0,  # above 0: resize long edges to this times TRAIN_CROP_SCALE, crop squares of this size
         TRAIN_CROP_SCALE=[0.1, 2.0],  # lowest and highest factor (large-scale jitter)
         COLOR_JITTER=[0.0, 0.0, 0.0],  # brightness, contrast, saturation: factors from 1 - x to 1 + x
-        TEST_SHORT_EDGE_SIZE=800,  # images are resized so that the short edge has this length ...
-        MAX_SIZE=1333,  # ... or less, where the long edge would exceed this one; FPN: rounded up to a multiple of 32
+        TRANSFORMS=[],  # names of transforms that plugins register, applied to training examples in this order
+        TEST_SHORT_EDGE_SIZE=800,  # images are resized to this length of the short edge ...
+        MAX_SIZE=1333,  # ... or less, if the long edge would exceed this; FPN: rounded up to a multiple of 32
         PIXEL_MEAN=[123.675, 116.28, 103.53],  # subtracted; red, green, blue on a scale of 0..255
         PIXEL_STD=[58.395, 57.12, 57.375],  # divided by
     ),
     RPN=dict(
-        ANCHOR_STRIDE=16,  # C4: of its only map
+        ANCHOR_STRIDE=16,  # of C4's only map
         ANCHOR_SIZES=[32, 64, 128, 256, 512],  # square root of an anchor's area; FPN: one size for each level
         ANCHOR_RATIOS=[0.5, 1.0, 2.0],  # height / width
-        POSITIVE_ANCHOR_THRESH=0.7,  # IoU with an object from which on an anchor is foreground
+        POSITIVE_ANCHOR_THRESH=0.7,  # IoU with an object at or above which an anchor is foreground
         NEGATIVE_ANCHOR_THRESH=0.3,  # IoU with all objects below which it is background
         FG_RATIO=0.5,  # largest share of foreground among the sampled anchors
         BATCH_PER_IM=256,  # anchors sampled per image
         MIN_SIZE=0,  # proposals need width and height above this; 0 keeps all
-        PROPOSAL_NMS_THRESH=0.7,  # IoU above which the lesser of two proposals goes
-        CROWD_OVERLAP_THRESH=9.99,  # anchors that lie in a crowd region by more than this share are ignored; > 1: none
-        HEAD_DIM=1024,  # channels, C4
-        TRAIN_PRE_NMS_TOPK=12000,  # proposals per image that enter NMS and leave it: C4, and FPN's mode Joint
+        PROPOSAL_NMS_THRESH=0.7,  # IoU above which NMS removes the lower-scoring of two proposals
+        CROWD_OVERLAP_THRESH=9.99,  # ignore anchors with a larger share in a crowd region; 1 and above: none
+        HEAD_DIM=1024,  # channels of C4's RPN head
+        TRAIN_PRE_NMS_TOPK=12000,  # proposals per image before and after NMS: C4, and FPN's mode Joint
         TRAIN_POST_NMS_TOPK=2000,
         TEST_PRE_NMS_TOPK=6000,
         TEST_POST_NMS_TOPK=1000,
-        TRAIN_PER_LEVEL_NMS_TOPK=2000,  # FPN's mode Level: of each level before and after NMS, and of all together
+        TRAIN_PER_LEVEL_NMS_TOPK=2000,  # FPN's mode Level: per level before and after NMS, and for all levels
         TEST_PER_LEVEL_NMS_TOPK=1000,
     ),
     FRCNN=dict(
-        BATCH_PER_IM=512,  # proposals and true boxes sampled per image
+        BATCH_PER_IM=512,  # proposals and ground truth boxes sampled per image
         BBOX_REG_WEIGHTS=[10.0, 10.0, 5.0, 5.0],  # factors of the box targets x, y, log w, log h
-        FG_THRESH=0.5,  # IoU with an object from which on a proposal is foreground; all others are background
+        FG_THRESH=0.5,  # IoU with an object at or above which a proposal is foreground, else background
         FG_RATIO=0.25,  # largest share of foreground among the sampled proposals
+        BOX_LOSS="l1",  # of the foreground's box regression; plugins register others
     ),
     FPN=dict(
         ANCHOR_STRIDES=[4, 8, 16, 32, 64],  # of the levels p2 to p6
-        PROPOSAL_MODE="Level",  # NMS within each level, or Joint: over all levels together
+        PROPOSAL_MODE="Level",  # NMS per level; or Joint: over all levels together
         NUM_CHANNEL=256,  # channels of every level
         NORM="None",  # None or GN
         FRCNN_HEAD_FUNC="fastrcnn_2fc_head",  # or fastrcnn_4conv1fc_head, fastrcnn_4conv1fc_gn_head
         FRCNN_CONV_HEAD_DIM=256,  # channels of the box head's convolutions
         FRCNN_FC_HEAD_DIM=1024,  # channels of its fully connected layers
         MRCNN_HEAD_FUNC="maskrcnn_up4conv_head",  # or maskrcnn_up4conv_gn_head
-        CASCADE=False,  # Cascade R-CNN: three box heads, each refining the boxes of the one before
+        CASCADE=False,  # Cascade R-CNN: three box heads, each refining the boxes of the previous one
     ),
     MRCNN=dict(
         HEAD_DIM=256,  # channels of the mask head
-        ACCURATE_PASTE=True,  # masks are always pasted accurately; kept so that recipes that set it can be pasted
+        ACCURATE_PASTE=True,  # no effect, masks are always pasted accurately; accepted for published recipes
     ),
     CASCADE=dict(
-        IOUS=[0.5, 0.6, 0.7],  # what FRCNN.FG_THRESH is, for each box head
+        IOUS=[0.5, 0.6, 0.7],  # of each box head, in place of FRCNN.FG_THRESH
         BBOX_REG_WEIGHTS=[[10.0, 10.0, 5.0, 5.0], [20.0, 20.0, 10.0, 10.0], [30.0, 30.0, 15.0, 15.0]],
     ),
     TEST=dict(
         BATCH_SIZE_PER_GPU=1,  # images
         PRECISION="float32",  # float32, bfloat16 or float16
-        FRCNN_NMS_THRESH=0.5,  # IoU above which the lesser of two detections of one class goes
-        SOFT_NMS="None",  # "linear" or "gaussian": overlapping detections lose score instead of going
+        FRCNN_NMS_THRESH=0.5,  # IoU above which NMS removes the lower-scoring of two detections of one class
+        SOFT_NMS="None",  # "linear" or "gaussian": lower the score of overlapping detections instead of removing them
         SOFT_NMS_SIGMA=0.5,  # gaussian: IoU^2 at which the score falls to 1 / e
-        TTA_FLIP=False,  # test-time augmentation: look at the mirror image, too, and merge what is found
+        TTA_FLIP=False,  # test-time augmentation: also detect in the mirrored image, and merge the detections
         TTA_SCALES=[1.0],  # ... and at these multiples of the test size
-        RESULT_SCORE_THRESH=0.05,  # detections need a score above this one
+        RESULT_SCORE_THRESH=0.05,  # detections need a score above this
         RESULT_SCORE_THRESH_VIS=0.5,  # the same, in pictures
-        RESULTS_PER_IM=100,  # most detections of an image
+        RESULTS_PER_IM=100,  # largest number of detections per image
+        METRICS=[],  # names of metrics that plugins register, computed beside COCO's
     ),
 )
 
-# Keys that take more than their default's type, as examples of values. The first that fits decides.
+# Keys that accept other types than their default's: an example of each, tried in this order.
 TYPES = {
-    "DATA.TRAIN": ([""], ""),  # one name becomes a list of one
+    "DATA.TRAIN": ([""], ""),  # a single name becomes a list
     "DATA.VAL": ([""], ""),
     "DATA.CLASS_NAMES": ([""],),
     "DATA.CATEGORY_IDS": ([0],),
+    "PREPROC.TRANSFORMS": ([""],),
+    "TRAIN.LOGGERS": ([""],),
+    "TEST.METRICS": ([""],),
+    "PLUGINS": ([""],),
     "TRAIN.NUM_GPUS": (None, 0),
     "TRAIN.LR_SCHEDULE": ([0], ""),
     "PREPROC.TRAIN_SHORT_EDGE_SIZE": (0, [0]),
@@ -168,7 +183,7 @@ TYPES = {
 }
 
 
-# Keys without which weights mean something else, and nothing fails: whoever fine-tunes a run needs its values.
+# Settings that silently change what a checkpoint computes: fine-tuning always takes them from the checkpoint's run.
 OF_WEIGHTS = (
     "CONVENTIONS",
     "BACKBONE.NORM_EPSILON",
@@ -181,33 +196,33 @@ OF_WEIGHTS = (
     "FRCNN.BBOX_REG_WEIGHTS",
     "CASCADE.BBOX_REG_WEIGHTS",
 )
-# Keys, and beginnings of keys, that a user may set otherwise than the weights say: what they change is meant.
+# Keys, and prefixes of keys, that a user may set to other values than converted weights require.
 ADAPTABLE = (
     *("MODE_MASK", "DATA.", "TEST.", "TRAIN.", "RPN.ANCHOR_SIZES", "RPN.ANCHOR_RATIOS"),
     *("PREPROC.TRAIN_", "PREPROC.TEST_", "PREPROC.MAX_SIZE"),
 )
 
 
-def as_overrides(settings):
-    """{key: value} as text to paste after --config."""
+def as_overrides(settings: Mapping[str, Any]) -> str:
+    """Formats {key: value} as text that can be pasted after --config."""
     return " ".join(
         f"{key}={shlex.quote(value if isinstance(value, str) else _literal(value))}" for key, value in settings.items()
     )
 
 
 def _literal(value):
-    """A Python literal without spaces; lists and tuples as lists."""
+    """Formats a value as a Python literal without spaces; tuples become lists."""
     return f"[{','.join(map(_literal, value))}]" if isinstance(value, list | tuple) else repr(value)
 
 
 class _Group:
-    """The keys below a prefix as attributes. Their values are in one flat dict of the Config."""
+    """The keys below a prefix, as attributes. The Config stores all values in one flat dict."""
 
     def __init__(self, root, prefix):
         vars(self).update(_root=root, _prefix=prefix)
 
     def __getattr__(self, name):
-        if name.startswith("_"):  # copy and pickle ask for such
+        if name.startswith("_"):  # copy and pickle look up such names
             raise AttributeError(name)
         key = self._prefix + name
         if key in GROUPS:
@@ -223,22 +238,24 @@ class _Group:
         raise ConfigError(f"{self._prefix + name}: keys cannot be deleted")
 
     def __str__(self):
-        """A line `KEY = value` for each key; a line can be pasted after --config, in quotes."""
+        """Returns a line `KEY = value` for each key; a line can be pasted after --config, in quotes."""
         return "\n".join(f"{k} = {v!r}" for k, v in self._root._values.items() if k.startswith(self._prefix))
 
 
 class Config(_Group):
-    """All keys, at first with their defaults. Keys are set by attribute, `update` and `load`, by the same rules."""
+    """All keys, initially with their defaults. Keys are set by attribute, `update` and `load`, by the same rules."""
 
     def __init__(self):
         super().__init__(self, "")
         vars(self).update(_values=dict(FLAT_DEFAULTS), _given=set(), _frozen=False)
 
     def _set(self, read, items, source=""):
-        """Sets the (key, value) that `read` makes of each item: all, or none and a ConfigError with every problem.
+        """Sets the (key, value) that `read` returns for each item: all of them, or none.
 
         Returns:
             list of the keys
+        Raises:
+            ConfigError: a line for each item that cannot be set; each line starts with `source`.
         """
         if self._frozen:
             raise ConfigError("the configuration is frozen: it cannot change any more")
@@ -253,12 +270,23 @@ class Config(_Group):
         self._values.update(values)
         return [key for key, _ in values]
 
-    def update(self, overrides):
-        """Sets keys from texts "KEY=VALUE"; all of them, or none and a ConfigError."""
-        self._given.update(self._set(_from_text, overrides))
+    def update(self, overrides: Iterable[str]) -> None:
+        """Sets keys from texts "KEY=VALUE" and "@FILE": all of them, or none. Later texts take precedence.
 
-    def load(self, path):
-        """Sets the keys that a file of `save` names; others stay as they are."""
+        FILE contains settings KEY=VALUE, quoted as in a shell, and comments that start with #. If FILE does not exist
+        relative to the current directory, the project's folder is searched.
+
+        Raises:
+            ConfigError: a line for each text that cannot be used.
+        """
+        self._given.update(self._set(_from_word, _words(overrides)))
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Sets the keys in a file written from `to_json`; other keys keep their values.
+
+        Raises:
+            ConfigError: the file cannot be read, or contains a key or value that cannot be used.
+        """
         try:
             with open(path, encoding="utf-8") as file:
                 tree = json.load(file)
@@ -270,13 +298,23 @@ class Config(_Group):
             raise ConfigError(f"{path} is not a configuration: expected a JSON object of keys")
         self.set_tree(tree, source=f"{path}: ")
 
-    def set_tree(self, tree, source=""):
-        """Sets the keys of a tree of dicts as `to_dict` makes it; `source` begins the lines of a ConfigError."""
+    def set_tree(self, tree: Mapping[str, Any], source: str = "") -> None:
+        """Sets the keys of a tree of dicts in the form of `to_dict`; `source` starts the lines of a ConfigError.
+
+        Raises:
+            ConfigError: a line for each key that cannot be set.
+        """
         self._given.update(self._set(_from_value, _flatten(tree), source))
 
-    def adopt(self, settings, *, source):
-        """Sets the keys {key: value} that the weights of the file `source` need, but for those that `update` or `load`
-        have set: these must have the same values, or be of those that cost no accuracy (ADAPTABLE)."""
+    def adopt(self, settings: Mapping[str, Any], *, source: str | os.PathLike) -> None:
+        """Sets the keys {key: value} that the weights in the file `source` require.
+
+        A key that `update` or `load` has set keeps its value. The value must be the required one, unless the key is in
+        ADAPTABLE.
+
+        Raises:
+            ConfigError: a key was set to another value.
+        """
         needed = Config()
         needed._set(_from_value, settings.items(), source=f"{source}: ")
         differing = [
@@ -286,61 +324,45 @@ class Config(_Group):
         ]
         if differing:
             given = as_overrides({key: self._values[key] for key in differing})
-            line = as_overrides({key: needed._values[key] for key in differing})
-            raise ConfigError(f"{source} was trained otherwise than with {given}: leave that out, or give {line}")
+            required = as_overrides({key: needed._values[key] for key in differing})
+            raise ConfigError(f"{source} requires {required}, but --config sets {given}")
         self._set(_from_value, [(key, value) for key, value in settings.items() if key not in self._given])
 
-    def save(self, path):
-        """Writes all keys as JSON. `path` is the old file or the whole new one at every moment."""
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise ConfigError(f"cannot write the configuration {path}: {error.strerror}") from error
+    def check(self) -> None:
+        """Verifies all settings; logs a warning for each setting without effect.
 
-    def check(self):
-        """Raises a ConfigError with a line for each setting that makes no sense; warns of those without effect."""
+        Raises:
+            ConfigError: a line for each setting that is invalid or contradicts another.
+        """
         problems = [*_out_of_range(self), *_contradictions(self)]
         if problems:
             raise ConfigError("\n".join(problems))
         for line in _without_effect(self):
             logger.warning(line)
 
-    def freeze(self):
-        """From now on every attempt to set a key is a ConfigError."""
+    def freeze(self) -> None:
+        """Makes the configuration read-only: setting a key raises ConfigError."""
         vars(self)["_frozen"] = True
 
-    @contextlib.contextmanager
-    def temporary(self):
-        """Within it all keys have their defaults and can be set; after it they are what they were, frozen or not.
-
-        One thread at a time: others that enter wait.
-        """
-        with _TEMPORARY:
-            before = dict(vars(self))
-            vars(self).update(_values=dict(FLAT_DEFAULTS), _given=set(), _frozen=False)
-            try:
-                yield self
-            finally:
-                vars(self).update(before)
-
-    def changes(self):
-        """{key: value} of the keys that differ from their defaults."""
+    def changes(self) -> dict[str, Any]:
+        """Returns {key: value} of the keys that differ from their defaults."""
         return {key: value for key, value in self._values.items() if value != FLAT_DEFAULTS[key]}
 
-    def value(self, key):
-        """The value of "GROUP.NAME"; a ConfigError if there is no such key."""
+    def value(self, key: str) -> Any:
+        """Returns the value of a key "GROUP.NAME".
+
+        Raises:
+            ConfigError: the key does not exist.
+        """
         _types(key)
         return self._values[key]
 
-    def to_dict(self):
-        """A new tree of dicts, of the form of DEFAULTS."""
+    def to_json(self) -> str:
+        """Formats all keys as a JSON object, for `load`."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all keys as a new tree of dicts, in the form of DEFAULTS."""
         tree = {}
         for key, value in self._values.items():
             group, _, name = key.rpartition(".")
@@ -354,7 +376,7 @@ GROUPS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
 
 
 def _flatten(tree):
-    """Yields ("GROUP.NAME" or "NAME", value) of a tree of dicts as DEFAULTS."""
+    """Yields ("GROUP.NAME" or "NAME", value) for a tree of dicts in the form of DEFAULTS."""
     for name, value in tree.items():
         if name in GROUPS and isinstance(value, dict):
             yield from ((f"{name}.{leaf}", x) for leaf, x in value.items())
@@ -363,9 +385,10 @@ def _flatten(tree):
 
 
 def _as(value, example):
-    """`value` in the type of `example`: numbers finite and never rounded, lists as tuples, a text as a list of one.
+    """Converts `value` to the type of `example`: numbers stay exact, lists become tuples, and so do texts for lists.
 
-    ValueError if it does not fit; OverflowError for an integer beyond all floats.
+    Raises:
+        ValueError: it does not fit, or is not finite. OverflowError: an integer exceeds all floats.
     """
     if isinstance(example, (list, tuple)):
         items = [value] if isinstance(value, str) else value
@@ -383,7 +406,7 @@ FLAT_DEFAULTS = {key: _as(value, value) for key, value in _flatten(DEFAULTS)}
 
 
 def _types(key):
-    """Examples of what a key takes. ConfigError if there is no such key."""
+    """Returns an example for each type that a key accepts; raises ConfigError if there is no such key."""
     if key in GROUPS:
         first = next(x for x in FLAT_DEFAULTS if x.startswith(key + "."))
         raise ConfigError(f"{key} is a group and cannot be set: set its keys, such as {first}")
@@ -393,21 +416,21 @@ def _types(key):
 
 
 def _unknown(key):
-    """The message for a key that does not exist: which keys are spelt alike, in whatever group."""
+    """Returns the message for a key that does not exist, with keys of similar spelling in any group."""
     key = _shorten(key)
     name = key.upper()
 
-    def likeness(known):
+    def similarity(known):
         pairs = (name, known), (name.rpartition(".")[2], known.rpartition(".")[2])
         return sorted((difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs), reverse=True)
 
-    ranked = sorted(((likeness(known), known) for known in FLAT_DEFAULTS), reverse=True)[:3]
+    ranked = sorted(((similarity(known), known) for known in FLAT_DEFAULTS), reverse=True)[:3]
     near = [known for (best, _), known in ranked if best >= max(0.6, ranked[0][0][0] - 0.1)]
     return f"unknown key {key}: " + (f"did you mean {' or '.join(near)}?" if near else "config.py lists all keys")
 
 
 def _convert(key, value, shown):
-    """`value` in the first type of the key that it fits, or a ConfigError."""
+    """Converts `value` to the first type of the key that it fits; raises ConfigError if there is none."""
     for example in _types(key):
         try:
             return _as(value, example)
@@ -424,7 +447,7 @@ def _describe(example):
 
 
 def _shorten(text):
-    """`text` on one line of at most 80 characters."""
+    """Formats `text` on one line of at most 80 characters."""
     text = " ".join(text.split())
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -434,8 +457,71 @@ def _from_value(item):
     return key, _convert(key, value, reprlib.repr(value))
 
 
+def _words(overrides):
+    """Yields (source, text) for each override; "@FILE" yields those of the file, `source` naming file and line."""
+    for text in overrides:
+        if text.startswith("@"):
+            yield from _words_of_file(_find_file(text[1:]))
+        else:
+            yield "", text
+
+
+def _find_file(path):
+    """Returns `path` relative to the current directory or, if there is no such file, to the project's folder."""
+    for candidate in (path, os.path.join(PROJECT_DIR, path)):
+        if path and os.path.exists(candidate):
+            return candidate
+    raise ConfigError(f"@{path}: there is no such file here or in {PROJECT_DIR}")
+
+
+def _words_of_file(path):
+    """Yields (source, text) for each setting in a file of settings."""
+    for number, line in enumerate(_read_lines(path), start=1):
+        source = f"{path}:{number}: "
+        if _WORD.sub("", line).strip():
+            raise ConfigError(f"{source}unbalanced quotation mark, or backslash at the end of the line")
+        yield from ((source, text) for text in _split(line))
+
+
+def _read_lines(path):
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ConfigError(f"{path} is not a file of settings: it is not text")
+    return text.split("\n")
+
+
+# A comment, or a word: quoted text, escaped characters, and other characters except blanks.
+_WORD = re.compile(r"""#.*|(?:'[^']*'|"(?:\\.|[^"\\])*"|\\.|[^\s'"\\])+""")
+
+
+def _split(line):
+    """Splits a line into settings and unquotes them as a shell does, but keeps the quotes in a list, ['a','b']."""
+    words = [word for word in _WORD.findall(line) if not word.startswith("#")]
+    return [word if re.match(r"[\w.]+=[\[(]", word) else shlex.split(word)[0] for word in words]
+
+
+def _from_word(word):
+    """Returns (key, value) of a word of `_words`."""
+    source, text = word
+    try:
+        if source and text.startswith("@"):
+            raise ConfigError(f"{_shorten(text)}: a file of settings cannot include another")
+        return _from_text(text)
+    except ConfigError as error:
+        raise ConfigError(f"{source}{error}") from error
+
+
 def _from_text(text):
-    """(key, value) of "KEY=VALUE". What is no quoted text (or no list, where lists may be) is text for keys of text."""
+    """Returns (key, value) of "KEY=VALUE".
+
+    Keys of text take the text unchanged, with optional quotes; keys of lists of text also take [a,b].
+    """
     key, equals, text = (part.strip() for part in text.partition("="))
     if not equals:
         raise ConfigError(f"{_shorten(key)}: expected KEY=VALUE")
@@ -446,26 +532,27 @@ def _from_text(text):
         value = text
     if str in types and not isinstance(value, (str, list, tuple) if list in types else str):
         value = text
+    if value is text and text[:1] + text[-1:] == "[]" and any(example == [""] for example in _types(key)):
+        value = [name.strip() for name in text[1:-1].split(",")]
+    if key == "PLUGINS" and value:
+        raise ConfigError("PLUGINS records the option --plugins: use that option instead")
     return key, _convert(key, value, text)
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
 
+# Names that are registered (backbones, heads, losses, ...) are checked where the model is wired: modeling/rcnn.py.
 CHOICES = {
     "TRAINER": ("replicated", "horovod"),
-    "CONVENTIONS": ("tensorpack", "torchvision", "detectron2"),
     "DATA.ABSOLUTE_COORD": (True,),
-    "BACKBONE.NAME": ("resnet", "resnet_basic", "resnext_32x4d", "resnext_32x8d", "resnext_64x4d"),
     "BACKBONE.NORM": ("FreezeBN", "SyncBN", "GN", "None"),
     "BACKBONE.FREEZE_AT": (0, 1, 2, 3, 4, 5),
-    "TRAIN.STARTING_EPOCH": (1,),  # --resume knows where to go on
+    "TRAIN.STARTING_EPOCH": (1,),  # --resume continues a run
     "TRAIN.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
     "FPN.NORM": ("None", "GN"),
-    "FPN.FRCNN_HEAD_FUNC": ("fastrcnn_2fc_head", "fastrcnn_4conv1fc_head", "fastrcnn_4conv1fc_gn_head"),
-    "FPN.MRCNN_HEAD_FUNC": ("maskrcnn_up4conv_head", "maskrcnn_up4conv_gn_head"),
 }
 
 LENGTHS = {
@@ -479,7 +566,7 @@ LENGTHS = {
     "CASCADE.BBOX_REG_WEIGHTS": 3,
 }
 
-# What each number of a key must be, the test, the keys. The last row is for the keys of no other; int32 ends at 2**31.
+# Requirement on each number of a key, its test, the keys. The last row is for all other keys; int32 ends at 2**31.
 RANGES = (
     (
         "from 0 to 1",
@@ -502,7 +589,7 @@ RANGES = (
     ("above 0 and below 2**31", lambda x: 0 < x < 2**31, ""),
 )
 
-# Settings, and the keys (or groups) that do nothing under them: changing those is warned of.
+# Settings, and the keys (or groups) without effect under them: changing those causes a warning.
 UNUSED = (
     ("MODE_FPN=False", "FPN. RPN.TRAIN_PER_LEVEL_NMS_TOPK RPN.TEST_PER_LEVEL_NMS_TOPK"),
     ("MODE_FPN=True", "RPN.ANCHOR_STRIDE RPN.HEAD_DIM"),
@@ -524,32 +611,50 @@ UNUSED = (
 
 
 def _out_of_range(c):
-    """Yields a line for each key of Config `c` whose value makes no sense by itself."""
+    """Yields a line for each key of Config `c` whose value is invalid by itself."""
     for key, value in c._values.items():
-        what, test, _ = next(row for row in RANGES if key in row[2].split() or not row[2])
+        requirement, test, _ = next(row for row in RANGES if key in row[2].split() or not row[2])
         fits = _all(test, value)
         if key in CHOICES:
-            what, fits = "one of " + ", ".join(map(str, CHOICES[key])), value in CHOICES[key]
+            requirement, fits = "one of " + ", ".join(map(str, CHOICES[key])), value in CHOICES[key]
         elif key in LENGTHS and len(value) != LENGTHS[key]:
-            what, fits = f"a list of {LENGTHS[key]}", False
+            requirement, fits = f"a list of {LENGTHS[key]}", False
         if not fits:
-            yield f"{key}={value}: must be {what}"
+            yield f"{key}={value}: must be {requirement}"
 
 
 def _all(test, value):
-    """Whether all numbers of a value pass the test."""
+    """Returns whether all numbers of a value pass the test."""
     if isinstance(value, tuple):
         return all(_all(test, item) for item in value)
     return type(value) not in (int, float) or test(value)
 
 
-def uses_augmentation(c):
-    """Whether test-time augmentation is configured."""
+def uses_augmentation(c: Config) -> bool:
+    """Returns whether test-time augmentation is configured."""
     return c.TEST.TTA_FLIP or set(c.TEST.TTA_SCALES) != {1.0}
 
 
+def padding_multiple(c: Config) -> int:
+    """Returns the number of pixels to whose multiples the edges of a batch are padded: FPN_MULTIPLE, or 1 for C4."""
+    return FPN_MULTIPLE if c.MODE_FPN else 1
+
+
+def round_up(size: Any, multiple: int) -> Any:
+    """Rounds `size` (a number, an array or an integer tensor) up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def largest_edge(c: Config) -> float:
+    """Returns the limit of an image's long edge in pixels.
+
+    FPN rounds PREPROC.MAX_SIZE up to FPN_MULTIPLE, as the reference does: 1333 to 1344.
+    """
+    return round_up(c.PREPROC.MAX_SIZE, padding_multiple(c))
+
+
 def _contradictions(c):
-    """Yields a line for each demand of the keys on each other that is not met."""
+    """Yields a line for each requirement between keys that is not met."""
     rpn, fpn, names = c.RPN, c.FPN, c.DATA.CLASS_NAMES
     if fpn.CASCADE and not c.MODE_FPN:
         yield "FPN.CASCADE=True needs MODE_FPN=True"
@@ -562,7 +667,7 @@ def _contradictions(c):
     if c.TEST.SOFT_NMS != "None" and uses_augmentation(c):
         yield "TEST.SOFT_NMS and test-time augmentation (TEST.TTA_FLIP, TEST.TTA_SCALES) don't go together: choose one"
     if not c.TEST.TTA_SCALES:
-        yield "TEST.TTA_SCALES must be one scale at least"
+        yield "TEST.TTA_SCALES must contain at least one scale"
     if not (rpn.ANCHOR_SIZES and rpn.ANCHOR_RATIOS):
         yield "RPN.ANCHOR_SIZES and RPN.ANCHOR_RATIOS must not be empty"
     if rpn.NEGATIVE_ANCHOR_THRESH > rpn.POSITIVE_ANCHOR_THRESH:
@@ -593,7 +698,7 @@ def _contradictions(c):
 
 
 def _unfit_for_group_norm(c):
-    """Yields a line for each number of channels that GroupNorm cannot divide into groups (see modeling/layers.py)."""
+    """Yields a line for each number of channels that GroupNorm cannot group (see modeling/layers.py)."""
     for uses_group_norm, key, channels in (
         (c.BACKBONE.NORM == "GN", "BACKBONE.WIDTH", [c.BACKBONE.WIDTH * 2**doubled for doubled in range(6)]),
         (c.FPN.NORM == "GN", "FPN.NUM_CHANNEL", [c.FPN.NUM_CHANNEL]),
@@ -602,11 +707,11 @@ def _unfit_for_group_norm(c):
     ):
         unfit = [x for x in channels if x % (32 if x >= 64 else 2)]
         if uses_group_norm and unfit:
-            yield f"{key}: GroupNorm needs even numbers of channels, from 64 on multiples of 32, not {unfit[0]}"
+            yield f"{key}: GroupNorm needs even numbers of channels, multiples of 32 if 64 or more, not {unfit[0]}"
 
 
 def _without_effect(c):
-    """Yields a line for each changed key that does nothing under other settings."""
+    """Yields a line for each changed key that other settings disable."""
     settings = {f"{key}={value}" for key, value in c._values.items()}
     settings |= {f"{key}>0" for key, value in c._values.items() if type(value) is int and value > 0}
     for setting, keys in UNUSED:
@@ -615,11 +720,14 @@ def _without_effect(c):
             yield from (f"{key} has no effect with {setting}" for key in unused)
 
 
-def lr_schedule_steps(schedule):
-    """Steps at a total batch of 8 at which the learning rate drops, and the last, which ends the training: list of int.
+def lr_schedule_steps(schedule: str | Sequence[int]) -> list[int]:
+    """Returns the steps at which the learning rate drops, and the last step, for a total batch of 8.
 
-    "1x" is [120000, 160000, 180000]. "2x" to "9x" last as many times as long, the low rates never longer than
-    in "2x" (arXiv:1811.08883). A list is returned as it is; ConfigError for all else.
+    "1x" is [120000, 160000, 180000]. "2x" to "9x" are that many times as long, with the low rates never longer than in
+    "2x" (arXiv:1811.08883). A list is returned unchanged.
+
+    Raises:
+        ConfigError: the schedule has another form.
     """
     if schedule == "1x":
         return [120000, 160000, 180000]

@@ -1,8 +1,8 @@
 #!/usr/bin/env -S sh -c 'exec "$(dirname "$(readlink -f "$0")")/setup/python" "$0" "$@"'
 """Find objects in images, or evaluate a model.
 
-    ./predict.py --predict IMAGE|FOLDER|GLOB ... --load CHECKPOINT    pictures of what was found
-    ./predict.py --video VIDEO ... --load CHECKPOINT                  videos of it
+    ./predict.py --predict IMAGE|FOLDER|GLOB ... --load CHECKPOINT    pictures with the detections
+    ./predict.py --video VIDEO ... --load CHECKPOINT                  videos with the detections
     ./predict.py --evaluate OUT.json --load CHECKPOINT                COCO results and metrics on DATA.VAL
     ./predict.py --visualize IMAGE|IMAGE_ID ... --load CHECKPOINT     proposals, raw predictions, results, ground truth
     ./predict.py --output-serving DIR --load CHECKPOINT               a SavedModel, for TensorFlow Serving
@@ -16,17 +16,19 @@ import io
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
-import data
-import viz
-from config import UserError, config, uses_augmentation
-from dataset import class_difference, get_datasets, shapes, short_names
+from common import checkpoint, viz
+from common.files import check_unused, make_folder, write_new
+from common.plugins import add_option, load_plugins
+from config import VERSION, UserError, config, uses_augmentation
+from dataset import class_difference, find_records, get_datasets, shapes, short_names
+from dataset.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, check_sizes, find_files, load_image
 
-# Options that not every task knows, and the tasks that do.
+# Options that only some tasks accept, and these tasks.
 OPTIONS = {
     "per_class": ["evaluate"],
     "report": ["evaluate"],
@@ -46,34 +48,37 @@ def parse_arguments(arguments=None):
     predict_help = "image files, folders of images, or patterns; picture of each: STEM-detections.png"
     task.add_argument("--predict", nargs="+", metavar="IMAGE", help=predict_help)
     task.add_argument("--video", nargs="+", metavar="VIDEO", help="video files; video of each: STEM-detections.mp4")
-    evaluate_help = "results file, which must not exist; with several data sets OUT-DATASET.json for each"
-    visualize_help = "image files, or ids of images in DATA.VAL; what each stage makes of them, beside the ground truth"
+    evaluate_help = "new results file; with several data sets OUT-DATASET.json for each"
+    visualize_help = "image files, or ids of images in DATA.VAL: draws the output of each stage beside the ground truth"
     task.add_argument("--visualize", nargs="+", metavar="IMAGE", help=visualize_help)
     task.add_argument("--evaluate", type=Path, metavar="OUT.json", help=evaluate_help)
-    parser.add_argument("--per-class", action="store_true", help="with --evaluate: a table of the classes, too")
+    parser.add_argument("--per-class", action="store_true", help="with --evaluate: also print a table of the classes")
     report_help = "with --evaluate: new folder for curves, confusion matrices and numbers; DIR/DATASET for several sets"
     parser.add_argument("--report", type=Path, metavar="DIR", help=report_help)
     parser.add_argument("--output-serving", type=Path, metavar="DIR", help="export a SavedModel to a new folder")
     parser.add_argument("--output-pb", type=Path, metavar="FILE", help="export a frozen graph to a new file")
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="run, TensorFlow checkpoint, or .npz")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions")
-    parser.add_argument("--json", action="store_true", help="write results beside each picture or video, too")
+    parser.add_argument("--json", action="store_true", help="also write results beside each picture or video")
     threshold_help = "lowest score in pictures and their results (default: TEST.RESULT_SCORE_THRESH_VIS)"
     parser.add_argument("--confidence-threshold", type=_score, metavar="SCORE", help=threshold_help)
     tensors_help = "with --visualize: tensors to describe, save (.npz) and draw; * stands for any text"
     parser.add_argument("--tensors", nargs="+", default=[], metavar="NAME", help=tensors_help)
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="show only these classes")
-    format_help = "of an export: complete (images of any size in, final results out) or that of tensorpack's own export"
+    format_help = "format of an export: complete (any image in, final results out), or that of tensorpack's own export"
     parser.add_argument("--format", choices=("complete", "tensorpack"), default="complete", help=format_help)
-    check_help = "image in which an export must find the same as this program (default: a generated one)"
+    check_help = "image on which an export is compared with this program (default: a generated one)"
     parser.add_argument("--check-image", type=Path, metavar="IMAGE", help=check_help)
-    parser.add_argument("--no-show", action="store_true", help="open no window, even where there is a display")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings other than the model's")
+    parser.add_argument("--no-show", action="store_true", help="open no window, even if there is a display")
+    config_help = "settings other than the model's; @FILE reads them from a file, such as recipes/r50_fpn_mask_1x.cfg"
+    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help=config_help)
+    add_option(parser)
+    parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(arguments)
     tasks = bool(arguments.predict or arguments.video or arguments.visualize or arguments.evaluate)
     exports = bool(arguments.output_serving or arguments.output_pb)
     if tasks == exports:
-        parser.error("say what to do: --predict, --video, --visualize, --evaluate, or --output-serving and --output-pb")
+        parser.error("choose a task: --predict, --video, --visualize, --evaluate, or --output-serving and --output-pb")
     for option, of_tasks in OPTIONS.items():
         is_given = getattr(arguments, option) != parser.get_default(option)
         if is_given and not any(getattr(arguments, task) for task in of_tasks):
@@ -90,9 +95,9 @@ def _score(text):
 
 
 def main(arguments):
-    """Returns the exit code."""
-    # TensorFlow is imported only once all arguments are known to be good: mistakes are answered at once.
+    """Runs the task that the arguments choose; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    load_plugins(arguments.plugins)
     checkpoint_path = checkpoint.resolve(arguments.load)
     checkpoint.load_config(checkpoint_path, config, overrides=arguments.config)
     if arguments.evaluate:
@@ -104,8 +109,19 @@ def main(arguments):
     return predict(arguments, checkpoint_path)
 
 
+def start_tensorflow():
+    """Imports the modules that need TensorFlow, and returns them as attributes.
+
+    Each task calls this after it has checked its arguments, so that mistakes are reported at once.
+    """
+    import eval
+    from inference import export, media, predictor, stages
+
+    return SimpleNamespace(eval=eval, export=export, media=media, predictor=predictor, stages=stages)
+
+
 def class_names():
-    """Without background: the configuration's, or else those of the first data set of DATA.VAL."""
+    """The names of the classes 1..C: those of the settings, or else those of the first data set of DATA.VAL."""
     if config.DATA.CLASS_NAMES:
         return config.DATA.CLASS_NAMES[1:]
     try:
@@ -113,17 +129,19 @@ def class_names():
     except UserError as error:
         raise UserError(
             f"the model's class names are unknown: put its {checkpoint.CONFIG_FILE} beside the checkpoint, "
-            f"or say which data set it knows with --config DATA.BASEDIR=DIR DATA.VAL=NAME ({error})"
+            f"or name its data set with --config DATA.BASEDIR=DIR DATA.VAL=NAME ({error})"
         ) from error
 
 
 def load_datasets():
+    """The Datasets of DATA.VAL; raises UserError if it names none, DatasetError if one cannot be used."""
     if not config.DATA.VAL:
-        raise UserError("DATA.VAL names no data set: say --config DATA.VAL=NAME")
+        raise UserError("DATA.VAL names no data set: give --config DATA.VAL=NAME")
     return get_datasets(config.DATA.VAL, config.DATA.BASEDIR)
 
 
 def freeze_config(names):
+    """Sets the class names, without background; checks the settings and makes them immutable."""
     config.DATA.NUM_CATEGORY = len(names)
     config.DATA.CLASS_NAMES = ["BG", *names]
     config.check()
@@ -131,38 +149,36 @@ def freeze_config(names):
 
 
 def predict(arguments, checkpoint_path):
-    """Writes a picture or video of each input. Bad files are reported and passed over; then the exit code is 1."""
+    """Writes a picture or video of each input; returns the exit code, 1 if a file was skipped as unusable."""
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
-    if not uses_augmentation(config):  # whose views are merged first
-        config.TEST.RESULT_SCORE_THRESH = threshold  # nothing is computed that will not be shown
+    if not uses_augmentation(config):  # which merges the views before it compares scores with a threshold
+        config.TEST.RESULT_SCORE_THRESH = threshold  # detections that are not shown are not computed
     freeze_config(class_names())
     labels = labels_of(arguments.classes)
-    suffixes = data.VIDEO_SUFFIXES if arguments.video else data.IMAGE_SUFFIXES
-    paths, problems = data.find_files(arguments.video or arguments.predict, suffixes)
+    suffixes = VIDEO_SUFFIXES if arguments.video else IMAGE_SUFFIXES
+    paths, problems = find_files(arguments.video or arguments.predict, suffixes)
     for problem in problems:
         report(problem)
     if not paths:
         return 1
-    import media
-    from eval import Predictor
-
-    predictor = Predictor.configured(checkpoint_path)
-    style = media.Style(predictor.class_names, predictor.category_ids, threshold, labels, arguments.json)
-    run = media.predict_videos if arguments.video else media.predict_files
+    modules = start_tensorflow()
+    predictor = modules.predictor.Predictor(checkpoint_path, settings=config)
+    style = modules.media.Style(predictor.class_names, predictor.category_ids, threshold, labels, arguments.json)
+    run = modules.media.predict_videos if arguments.video else modules.media.predict_files
     options = dict(batch_size=config.TEST.BATCH_SIZE_PER_GPU, report=report)
     written = []
     for result in run(predictor, paths, style, arguments.output, **options):
         say(result)
         written.append(result.path)
     if arguments.predict and not arguments.no_show and written and viz.has_display():
-        viz.show((path.name, data.load_image(path)) for path in written)
+        viz.show((path.name, load_image(path)) for path in written)
     return 0 if len(written) == len(paths) and not problems else 1
 
 
 def labels_of(names):
-    """The labels of the classes of these names, or None for None."""
+    """The labels (1..C) of these class names as a frozenset; None for None."""
     if names is None:
         return None
     known = config.DATA.CLASS_NAMES[1:]
@@ -174,7 +190,7 @@ def labels_of(names):
 
 
 def evaluate(arguments, checkpoint_path):
-    """Evaluates on each data set of DATA.VAL, once it is sure that all can be used and no results are in the way."""
+    """Evaluates each data set of DATA.VAL; before the first, checks all of them and that no output exists yet."""
     output, folder = arguments.evaluate, arguments.report
     outputs, folders = [output], [folder]
     if len(config.DATA.VAL) > 1:
@@ -182,33 +198,31 @@ def evaluate(arguments, checkpoint_path):
         outputs = [output.with_name(f"{output.stem}-{name}{output.suffix}") for name in names]
         folders = [folder and folder / name for name in names]
     for path in outputs:
-        if path.exists():
-            raise UserError(f"{path} exists already: name another place, or move it away")
+        check_unused(path)
     datasets, known = load_datasets(), class_names()
     for dataset in datasets:
         if difference := class_difference(known, dataset.class_names):
             raise UserError(f"the classes of {dataset.name} are not those of the model: {difference}")
-        data.check_sizes(dataset.records(training=False), max_share=config.DATA.MAX_DROPPED)
+        check_sizes(dataset.records(training=False), max_dropped=config.DATA.MAX_DROPPED)
     freeze_config(known)
-    from eval import evaluate_dataset, load_predictor
-    from report import make_folder
-
     for each in filter(None, folders):
         make_folder(each)
-    network = load_predictor(checkpoint_path)
+    modules = start_tensorflow()
+    network = modules.predictor.load_network(config, checkpoint_path)
     for dataset, path, report_folder in zip(datasets, outputs, folders):
-        evaluate_dataset(network, dataset, output=path, per_class=arguments.per_class, report_folder=report_folder)
+        options = dict(output=path, per_class=arguments.per_class, report_folder=report_folder)
+        modules.eval.evaluate_dataset(config, network, dataset, **options)
     return 0
 
 
 def say(line):
-    """A line on standard output, above the progress bar if there is one."""
+    """Prints a line above the progress bar, if there is one."""
     tqdm.write(str(line))
     sys.stdout.flush()
 
 
 def visualize(arguments, checkpoint_path):
-    """Draws what the stages of the model make of images, and describes, saves and draws tensors."""
+    """Draws the output of each stage of the model for images; describes, saves and draws tensors."""
     threshold = arguments.confidence_threshold
     if threshold is None:
         threshold = config.TEST.RESULT_SCORE_THRESH_VIS
@@ -217,69 +231,60 @@ def visualize(arguments, checkpoint_path):
     names = class_names()
     inputs = find_visualized(arguments.visualize)
     freeze_config(names)
-    from inspection import Inspector, draw_stages
-
-    inspector = Inspector(checkpoint_path)
+    stages = start_tensorflow().stages
+    inspector = stages.Inspector(config, checkpoint_path)
     tensors = inspector.names(arguments.tensors)
     for path, record in inputs:
-        image = data.load_image(path)
-        if tensors:  # first: where numbers are not finite, they show it, and the stages are refused
-            save_tensors(image, inspector.fetch(image, tensors), arguments.output / f"{path.stem}-tensors.npz")
-        stages = inspector.stages(image)
-        picture = draw_stages(image, stages, names, score_threshold=threshold, record=record)
+        image = load_image(path)
+        if tensors:  # first: they show non-finite values, at which `stages` raises an error
+            values = inspector.fetch(image, tensors)
+            save_tensors(stages, image, values, arguments.output / f"{path.stem}-tensors.npz")
+        outputs = inspector.stages(image)
+        picture = stages.draw_stages(image, outputs, names, score_threshold=threshold, record=record)
         say(viz.save_picture(picture, arguments.output / f"{path.stem}-stages.png"))
     return 0
 
 
 def find_visualized(texts):
-    """[(Path, dataset.Record or None)] of image files and of ids of images in DATA.VAL."""
+    """The images that `texts` name, files or ids of DATA.VAL: a list of (Path, dataset.Record or None)."""
     try:
         records = [record for dataset in load_datasets() for record in dataset.records(training=False)]
     except UserError as error:
         report(f"without ground truth: {error}")
         records = []
-    by_id = {str(record.image_id): record for record in records}
-    by_path = {os.path.realpath(record.path): record for record in records}
-    found = []
-    for text in texts:
-        record = by_path.get(os.path.realpath(text)) or by_id.get(text)
-        if not (record or os.path.isfile(text)):
-            raise UserError(f"{text}: no such file, and no id of an image in DATA.VAL")
-        found.append((Path(record.path if record else text), record))
-    return found
+    return find_records(texts, records)
 
 
-def save_tensors(image, values, path):
-    """Writes tensors to a new .npz file, and pictures of the feature maps among them beside it; describes all."""
-    from inspection import describe, draw_map, is_map
+def save_tensors(stages, image, values, path):
+    """Writes tensors to a new .npz file and draws the feature maps among them beside it; prints a line for each.
 
+    Args:
+        stages: the module inference.stages. values: {name: array}.
+    """
     content = io.BytesIO()
     np.savez_compressed(content, **values)
-    path = viz.save_new(path, {".npz": content.getvalue()})
+    path = write_new(path, {".npz": content.getvalue()})
     for name, value in values.items():
-        say(f"  {describe(name, value)}")
-        if is_map(value):
-            viz.save_picture(draw_map(image, value), path.with_name(f"{path.stem}-{name.replace('/', '.')}.png"))
+        say(f"  {stages.describe(name, value)}")
+        if stages.is_map(value):
+            viz.save_picture(stages.draw_map(image, value), path.with_name(f"{path.stem}-{name.replace('/', '.')}.png"))
     say(path)
 
 
 def export_model(arguments, checkpoint_path):
-    """Writes the SavedModel and the frozen graph, and says how far their results differ from the program's."""
+    """Writes the SavedModel and the frozen graph; prints how far their results differ from the program's."""
     for path in filter(None, (arguments.output_serving, arguments.output_pb)):
-        if path.exists():
-            raise UserError(f"{path} exists already: name another place, or move it away")
+        check_unused(path)
     if arguments.confidence_threshold is not None:
         config.TEST.RESULT_SCORE_THRESH = arguments.confidence_threshold
     freeze_config(class_names())
     if arguments.check_image:
-        image = data.load_image(arguments.check_image)
+        image = load_image(arguments.check_image)
     else:
         image, _ = shapes.draw_image(np.random.default_rng(0), size=config.PREPROC.TEST_SHORT_EDGE_SIZE)
-    import export
-    from eval import Predictor
-
-    lines = export.export(
-        Predictor.configured(checkpoint_path),
+    modules = start_tensorflow()
+    lines = modules.export.export(
+        modules.predictor.Predictor(checkpoint_path, settings=config),
         checkpoint_path,
         image,
         format_name=arguments.format,
@@ -292,6 +297,7 @@ def export_model(arguments, checkpoint_path):
 
 
 def report(problem):
+    """Prints a line with a problem on standard error, above the progress bar, if there is one."""
     tqdm.write(f"predict.py: {problem}", file=sys.stderr)
 
 

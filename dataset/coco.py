@@ -1,7 +1,7 @@
 """Data sets in COCO's json format: read once, checked by `dataset/rules.py`, and kept as compact records.
 
-Class names and category ids come from the file itself. What makes a file unusable is refused with all its problems in
-one message; what single objects lack leaves them out of training, counted, and ends it where there are too many.
+Class names and category ids come from the file itself. A file with unusable entries is rejected with all its problems
+in one message. Objects that cannot be trained on are counted and left out of training; too many of them end it.
 """
 
 import atexit
@@ -16,35 +16,44 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from dataset import rules
+import dataset.rules as rules
 from dataset.record import Dataset, DatasetError, Record, TooManyDropped
 
 logger = logging.getLogger(__name__)
 
 _NEXT_LINE = "\n  "
-BAR_AFTER = 3  # seconds of work from which on a progress bar is shown
+BAR_AFTER = 3  # seconds of work after which a progress bar is shown
 
 
 class CocoDataset(Dataset):
     """Images in a directory and their annotations in one json file.
 
-    A subclass with another `read_content` reads another format: see docs/custom_data.md.
+    A subclass that overrides `read_content` reads another format: see docs/custom_data.md.
     """
 
-    def __init__(self, name, source_file, image_dir, *, max_images=None, hint=""):
-        """Read and check everything but the images' content.
+    def __init__(
+        self,
+        name: str,
+        source_file: str | Path,
+        image_dir: str | Path,
+        *,
+        max_images: int | None = None,
+        hint: str = "",
+    ):
+        """Reads and checks everything except the content of the images.
 
         Args:
-            source_file: path of the annotations: the json.
+            name: see Dataset. source_file: path of the annotations: the json.
             image_dir: directory that `file_name` is relative to.
-            max_images: use only so many images, those with the lowest ids.
-            hint: what to tell users whose files are missing.
+            max_images: use only this number of images, those with the lowest ids.
+            hint: added to the message if a file is missing.
 
         Raises:
             DatasetError: a file is missing or cannot be used.
@@ -61,17 +70,17 @@ class CocoDataset(Dataset):
             f"{len(self.class_names)} classes, read in {time.perf_counter() - started:.1f} s"
         )
 
-    def read_content(self):
-        """The annotations in COCO's format: a dict with the lists `images`, `annotations` and `categories`.
+    def read_content(self) -> dict[str, Any]:
+        """Returns the annotations in COCO's format: a dict with the lists `images`, `annotations` and `categories`.
 
         Raises:
-            DatasetError: the file cannot be read as such.
+            DatasetError: the file cannot be read in this format.
         """
         return read_json(self.source_file)
 
     @functools.cached_property
-    def annotation_file(self):
-        """See Dataset. Where the source is of another format, a copy in COCO's, removed when the program ends."""
+    def annotation_file(self) -> str:
+        """See Dataset. For another source format, a temporary copy in COCO's, removed when the program ends."""
         if type(self).read_content is CocoDataset.read_content:
             return self.source_file
         directory = tempfile.mkdtemp(prefix="annotations-")
@@ -81,7 +90,9 @@ class CocoDataset(Dataset):
             json.dump(self.read_content(), file)
         return path
 
-    def records(self, *, training, filter_empty=True, masks=True, max_dropped=1.0):
+    def records(
+        self, *, training: bool, filter_empty: bool = True, masks: bool = True, max_dropped: float = 1.0
+    ) -> list[Record]:
         """See Dataset.records."""
         if not training:
             return list(self._records)
@@ -118,17 +129,17 @@ class CocoDataset(Dataset):
         self._dropped = [finding for finding in findings if finding.level == rules.DROPPED]
 
     def _refuse(self, findings):
-        """DatasetError with a line for each problem that makes the file unusable; missing images are one problem."""
+        """Raises DatasetError with a line per problem that makes the file unusable; missing images are one problem."""
         of_rule = collections.defaultdict(list)
         for finding in findings:
             of_rule[finding.rule if "file" in finding.rule else "entry"].append(finding)
         problems = [finding.text for finding in of_rule["entry"] if finding.level == rules.REFUSED]
-        for rule, what in (("outside file", "outside"), ("missing file", "missing in")):
+        for rule, relation in (("outside file", "outside"), ("missing file", "missing in")):
             names = [finding.file_name for finding in of_rule[rule]]
             if names:
                 listed = rules.name_some(names)
                 problems.append(
-                    f"{len(names)} of {rules.count(len(self.image_ids), 'image')} {what} {self.image_dir}: {listed}"
+                    f"{len(names)} of {rules.count(len(self.image_ids), 'image')} {relation} {self.image_dir}: {listed}"
                 )
         if len(problems) == 1:
             raise DatasetError(f"{self.source_file}: {problems[0]}")
@@ -139,32 +150,32 @@ class CocoDataset(Dataset):
             )
 
     def _report_dropped(self, masks, max_dropped):
-        """Say what training leaves out; TooManyDropped if that is more than a share of the objects."""
+        """Logs the objects that training leaves out; raises TooManyDropped if they exceed a share of all objects."""
         dropped = [finding for finding in self._dropped if _is_dropped(finding.rule, masks)]
         if not dropped:
             return
         reasons = collections.Counter(rules.RULES[finding.rule][1] for finding in dropped)
-        what = (
+        summary = (
             f"{rules.count(len(dropped), 'object')} of {self._num_objects()} left out of training "
             f"({', '.join(f'{reason}: {number}' for reason, number in reasons.most_common())}):\n  "
             f"{rules.name_some([finding.text for finding in dropped], separator=_NEXT_LINE)}"
         )
         if len(dropped) > max_dropped * self._num_objects():
             raise TooManyDropped(
-                f"{self.source_file}: {what}\nThat is more than {max_dropped:.2%}: mend the file (python -m "
-                "tools.doctor --fix does), or raise DATA.MAX_DROPPED"
+                f"{self.source_file}: {summary}\nThat is more than {max_dropped:.2%}: repair the file (python -m "
+                "tools.doctor --fix), or raise DATA.MAX_DROPPED"
             )
-        logger.warning(f"{self.name}: {what}")
+        logger.warning(f"{self.name}: {summary}")
 
     def _num_objects(self):
         return sum(len(record.labels) for record in self._records)
 
 
-def read_json(path):
-    """The content of a COCO json: a dict with the lists `images`, `annotations` and `categories`, not looked into.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a COCO json: a dict with the lists `images`, `annotations` and `categories`, whose entries are not checked.
 
     Raises:
-        DatasetError: it is unreadable, or something else.
+        DatasetError: the file is unreadable, or not in this format.
     """
     try:
         with open(path, "rb") as file:
@@ -187,26 +198,28 @@ def read_json(path):
 
 
 class Annotations(NamedTuple):
-    """What can be used of a json.
+    """The usable content of a json."""
 
-    categories: names by category id, in ascending order. records: of the images, in ascending order of their ids.
-    file_names: as in the json, by image id. faults: {index of a record: Objects.faults} where there are any.
-    without_segmentation: ids of annotations.
-    """
-
-    categories: dict
-    records: list
-    file_names: dict
-    faults: dict
-    without_segmentation: list
+    categories: dict[int, str]  # names by category id, in ascending order
+    records: list[Record]  # of the images, in ascending order of their ids
+    file_names: dict[int, str]  # by image id, as in the json
+    faults: dict[int, tuple[str, ...]]  # rules.Objects.faults by index of the record, if there are any
+    without_segmentation: list[int]  # annotation ids
 
 
-def read_annotations(content, image_dir, findings, *, max_images=None, progress=iter):
-    """Annotations of a json's content, which is emptied on the way to need less memory.
+def read_annotations(
+    content: dict[str, Any],
+    image_dir: str | Path,
+    findings: list[rules.Finding],
+    *,
+    max_images: int | None = None,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+) -> Annotations:
+    """Returns the Annotations of a json's content, which it empties to need less memory.
 
     Args:
         content: from `read_json`. image_dir: directory that `file_name` is relative to.
-        findings: list; gets a rules.Finding for whatever is wrong.
+        findings: list that receives a rules.Finding for each problem.
         max_images: see CocoDataset. progress: called with the list of image ids, returns it as an iterable.
     """
     categories = dict(sorted(rules.check_categories(content["categories"], findings).items()))
@@ -242,8 +255,11 @@ def _record(image, entries, objects, image_dir, labels):
 
 
 @contextlib.contextmanager
-def gc_paused():
-    """Python's cycle collector would look again and again at millions of new objects, none of which is in a cycle."""
+def gc_paused() -> Iterator[None]:
+    """Pauses Python's cycle collector in the block.
+
+    It would repeatedly search millions of new objects, none of which is in a cycle.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -254,16 +270,16 @@ def gc_paused():
 
 
 def _check_paths(name, source_file, image_dir, hint):
-    for path, exists, what in (
+    for path, exists, kind in (
         (source_file, os.path.isfile, "annotation file"),
         (image_dir, os.path.isdir, "image directory"),
     ):
         if not exists(path):
-            raise DatasetError(f"{name}: no {what} {path}{'. ' if hint else ''}{hint}")
+            raise DatasetError(f"{name}: no {kind} {path}{'. ' if hint else ''}{hint}")
 
 
 def _bar_of_long_work(name):
-    """A function that shows a progress bar around image ids, if it takes more than seconds."""
+    """Returns a function that shows a progress bar around image ids, if that takes longer than BAR_AFTER."""
     return lambda image_ids: tqdm.tqdm(image_ids, desc=name, unit="image", delay=BAR_AFTER, mininterval=0.5)
 
 

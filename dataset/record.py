@@ -1,7 +1,8 @@
-"""What an image and its annotations are, and what every data set can do."""
+"""The record of an image and its annotations, and the interface of data sets."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -9,70 +10,59 @@ from config import UserError
 
 
 class DatasetError(UserError):
-    """A data set that cannot be used as it is: one line that names file, key or id, and what is expected."""
+    """A data set that cannot be used: the message names file, key or id, and the expected content."""
 
 
 class TooManyDropped(DatasetError):
-    """More objects cannot be trained on than the configuration allows."""
+    """More objects are unusable for training than the configuration allows."""
 
     exit_code = 4
+
+
+# An object's mask: polygons, each float32 [P, 2] of x, y with P >= 3; or a compressed RLE,
+# {"size": [h, w], "counts": bytes}; or None.
+Segmentation = list[np.ndarray] | dict[str, Any] | None
 
 
 # No generated __eq__: it would compare arrays and fail.
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """One image and its G annotated objects.
+    """One image and its G annotated objects."""
 
-    Attributes:
-        image_id: the data set's own id.
-        path: image file.
-        height, width: of the image as the data set states them, in pixels.
-        boxes_xyxy: float32 [G, 4], continuous pixel coordinates, clipped to the image.
-        labels: int64 [G], 1..C.
-        is_crowd: bool [G]; a crowd region marks many objects that nobody counted.
-        segmentations: tuple of G: each a list of polygons float32 [P, 2] (x, y; P >= 3), or an RLE dict
-            `{"size": [h, w], "counts": bytes}` (compressed), or None.
-    """
-
-    image_id: int
-    path: str
-    height: int
+    image_id: int  # the data set's own id
+    path: str  # image file
+    height: int  # of the image in pixels, as annotated
     width: int
-    boxes_xyxy: np.ndarray = field(repr=False)
-    labels: np.ndarray = field(repr=False)
-    is_crowd: np.ndarray = field(repr=False)
-    segmentations: tuple = field(repr=False)
+    boxes_xyxy: np.ndarray = field(repr=False)  # float32 [G, 4], continuous pixel coordinates, clipped to the image
+    labels: np.ndarray = field(repr=False)  # int64 [G], 1..C
+    is_crowd: np.ndarray = field(repr=False)  # bool [G]; a crowd region covers objects that are not annotated singly
+    segmentations: tuple[Segmentation, ...] = field(repr=False)  # of length G
 
 
 class Dataset(ABC):
-    """A named set of annotated images. A format is a subclass that sets the attributes and makes the records.
+    """A named set of annotated images. A format is a subclass that sets the attributes and creates the records."""
 
-    Attributes:
-        name: short, without characters that a file's name can't have.
-        class_names: tuple of C names, without background.
-        category_ids: tuple of C; label k is the category with id `category_ids[k - 1]` in the annotations and results.
-        annotation_file: path of the ground truth in COCO's json format, for the evaluation.
-        image_ids: tuple of the ids of this data set's images, ascending. The annotation file may list more.
-    """
-
-    name: str
-    class_names: tuple
-    category_ids: tuple
-    annotation_file: str
-    image_ids: tuple
+    name: str  # short, valid as part of a file name
+    class_names: tuple[str, ...]  # C names, without background
+    category_ids: tuple[int, ...]  # C ids; label k has the id `category_ids[k - 1]` in annotations and results
+    annotation_file: str  # path of the ground truth in COCO's json format, for the evaluation
+    image_ids: tuple[int, ...]  # of this data set's images, ascending; the annotation file may list more
 
     @abstractmethod
-    def records(self, *, training, filter_empty=True, masks=True, max_dropped=1.0):
-        """The images as a list of Records, in ascending order of image id.
+    def records(
+        self, *, training: bool, filter_empty: bool = True, masks: bool = True, max_dropped: float = 1.0
+    ) -> list[Record]:
+        """Returns the images as a list of Records, in ascending order of image id.
 
         Args:
-            training: False gives every image with all its ground truth. True leaves out objects that cannot be learned:
-                marked `ignore`, area <= 1, empty inside the image, or without a usable segmentation (if `masks`).
-            filter_empty: with `training`, leave out images that hold nothing but crowd regions, or nothing at all.
+            training: False returns every image with all its ground truth. True leaves out objects that cannot be
+                learned: marked `ignore`, area <= 1, empty inside the image, or without a usable segmentation (if
+                `masks`).
+            filter_empty: with `training`, leave out images without objects other than crowd regions.
             masks: whether the training uses masks.
-            max_dropped: largest share, 0..1, of objects that may be left out (those marked `ignore` do not count).
+            max_dropped: largest share, 0..1, of objects that may be left out; those marked `ignore` do not count.
 
         Raises:
-            DatasetError: nothing is left to train on, or `masks` and an object has no segmentation at all.
+            DatasetError: nothing is left to train on, or `masks` and an annotation has no `segmentation`.
             TooManyDropped: more than `max_dropped` is left out.
         """

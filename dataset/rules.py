@@ -1,7 +1,7 @@
-"""The rules for annotations in COCO's format: what is refused, what training leaves out, what is only worth knowing.
+"""The rules for annotations in COCO's format: faults that make a file unusable, exclude objects, or are only noted.
 
 CocoDataset applies them before a training starts and `tools/doctor.py` reports them: this is the only implementation.
-Each function takes the json's entries, appends a Finding for whatever is wrong, and returns what can be used.
+Each function takes the json's entries, appends a Finding for each fault, and returns the usable part.
 """
 
 import collections
@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import boxes as box_tools
+from common import boxes as np_boxes
+from common.rle import MIN_POLYGON_POINTS, compress_rle
+from dataset.record import Segmentation
 
 REFUSED, DROPPED, NOTED = "refused", "left out of training", "noted"
 
-# Every rule: what becomes of what breaks it, and what is wrong with it.
+# Every rule: the consequence of breaking it, and a description of the fault.
 RULES = {
     "format": (REFUSED, "not in COCO's format"),
     "duplicate": (REFUSED, "id or file_name that occurs twice"),
@@ -40,24 +42,25 @@ RULES = {
     "unused class": (NOTED, "category without an object"),
     "same name": (NOTED, "category name that occurs twice"),
 }
-# Does not matter to a training without masks.
+# This rule does not apply to a training without masks.
 NO_MASK = "no polygon"
-# A polygon or box beyond this is not a coordinate, and would not fit in float32.
+# Larger numbers are no coordinates, and do not fit into float32.
 _LARGEST = 1e30
-# A box may reach so many pixels outside its image before it is worth a word.
+# Pixels that a box may extend beyond its image before that is noted.
 _BOX_MARGIN = 1
 
 
 class Finding(NamedTuple):
-    """Something that breaks a rule: `rule` is a key of RULES; `text` is one line that names entry and file."""
+    """An entry that breaks a rule."""
 
-    rule: str
-    text: str
-    file_name: str | None = None
+    rule: str  # key of RULES
+    text: str  # one line that names entry and file
+    file_name: str | None = None  # of the image
     annotation_id: int | None = None
 
     @property
-    def level(self):
+    def level(self) -> str:
+        """REFUSED, DROPPED or NOTED."""
         return RULES[self.rule][0]
 
 
@@ -65,7 +68,7 @@ class Finding(NamedTuple):
 
 
 def check_categories(entries, findings):
-    """Names by category id."""
+    """Returns the names of categories by id."""
     names = {}
     for index, entry in enumerate(entries):
         if not _has_id(entry) or type(entry.get("name")) is not str:
@@ -74,14 +77,14 @@ def check_categories(entries, findings):
         elif entry["id"] in names:
             findings.append(Finding("duplicate", f"category id {entry['id']} occurs twice"))
         elif entry["name"] in names.values():
-            findings.append(Finding("same name", f"category id {entry['id']} is one more {entry['name']!r}"))
+            findings.append(Finding("same name", f"category id {entry['id']} repeats the name {entry['name']!r}"))
         if _has_id(entry):
             names[entry["id"]] = entry.get("name")
     return names
 
 
 def check_images(entries, findings):
-    """Image entries by image id; None for a broken one, so that its annotations are not called wrong as well."""
+    """Returns image entries by id; None for a faulty one, so that its annotations are not reported as well."""
     images, file_names = {}, set()
     for index, entry in enumerate(entries):
         problem = _image_problem(entry)
@@ -118,8 +121,8 @@ def _image_problem(entry):
 
 
 def check_annotations(entries, images, categories, findings):
-    """The usable annotations of each image, {image id: list} in the file's order."""
-    by_image, seen = collections.defaultdict(list), set()
+    """Returns the usable annotations of each image, {image id: list}, in the file's order."""
+    by_image, ids = collections.defaultdict(list), set()
     for index, entry in enumerate(entries):
         rule, problem = _annotation_problem(entry, images, categories) or (None, None)
         annotation_id = entry.get("id") if isinstance(entry, dict) else None
@@ -128,10 +131,10 @@ def check_annotations(entries, images, categories, findings):
             file_name = _file_name(entry, images)
             findings.append(_of_annotation(rule, f"annotation {name} {problem}", file_name, annotation_id))
             continue
-        if annotation_id in seen:
+        if annotation_id in ids:
             text = f"annotation id {annotation_id} occurs twice"
             findings.append(_of_annotation("duplicate", text, _file_name(entry, images), annotation_id))
-        seen.add(annotation_id)
+        ids.add(annotation_id)
         if images[entry["image_id"]]:
             by_image[entry["image_id"]].append(entry)
     return by_image
@@ -148,7 +151,7 @@ def _file_name(annotation, images):
 
 
 def _annotation_problem(entry, images, categories):
-    """(rule, what is wrong), or None."""
+    """Returns (rule, problem) of an annotation, or None."""
     if not _has_id(entry):
         return "format", f"must have a whole number id: {shorten(entry)}"
     image_id, category_id = entry.get("image_id"), entry.get("category_id")
@@ -174,29 +177,25 @@ def _is_number(value):
 
 
 class Objects(NamedTuple):
-    """The G annotated objects of an image.
+    """The G annotated objects of an image."""
 
-    boxes_xyxy: float32 [G, 4], clipped to the image. segmentations: tuple of G, as in Record. faults: tuple of G, why
-    training leaves an object out (a key of RULES), or "".
-    """
-
-    boxes_xyxy: np.ndarray
-    segmentations: tuple
-    faults: tuple
+    boxes_xyxy: np.ndarray  # float32 [G, 4], clipped to the image
+    segmentations: tuple[Segmentation, ...]  # of length G
+    faults: tuple[str, ...]  # of length G: the rule by which training leaves the object out, or ""
 
 
 def check_objects(image, annotations, findings):
-    """The Objects of an image entry and its usable annotations."""
+    """Returns the Objects of an image entry and its usable annotations."""
     height, width, file_name = image["height"], image["width"], image["file_name"]
-    raw_xyxy = box_tools.xywh_to_xyxy(np.array([annotation["bbox"] for annotation in annotations], np.float64))
-    boxes_xyxy = box_tools.clip(raw_xyxy, height, width).astype(np.float32)
+    raw_xyxy = np_boxes.xywh_to_xyxy(np.array([annotation["bbox"] for annotation in annotations], np.float64))
+    boxes_xyxy = np_boxes.clip(raw_xyxy, height, width).astype(np.float32)
     reaches_out = np.any(np.abs(raw_xyxy - boxes_xyxy) > _BOX_MARGIN, axis=1).tolist()
     segmentations, faults = [], []
     for annotation, box, is_clipped in zip(annotations, boxes_xyxy.tolist(), reaches_out):
         segmentation, broken_rules = _segmentation(annotation, height, width)
         fault = object_fault(annotation, box, segmentation)
         if fault == NO_MASK and (broken_rules or lacks_segmentation(annotation)):
-            pass  # said already, or a matter of the whole data set
+            pass  # reported already, or by CocoDataset for the whole data set
         elif fault:
             broken_rules.append((fault, f": {RULES[fault][1]}, bbox {shorten(annotation['bbox'])}"))
         elif is_clipped:
@@ -211,7 +210,7 @@ def check_objects(image, annotations, findings):
 
 
 def object_fault(annotation, box_xyxy, segmentation):
-    """Why training leaves an object out (a key of RULES), or "".
+    """Returns the rule (a key of RULES) by which training leaves an object out, or "".
 
     Args:
         annotation: usable entry of the json. box_xyxy: its box, clipped to the image. segmentation: as in Record.
@@ -226,24 +225,24 @@ def object_fault(annotation, box_xyxy, segmentation):
         return "zero box"
     if x2 <= x1 or y2 <= y1:
         return "outside box"
-    if min((x2 - x1) * (y2 - y1), box_tools.MIN_BOX_AREA + 1 if area is None else area) <= box_tools.MIN_BOX_AREA:
+    if min((x2 - x1) * (y2 - y1), np_boxes.MIN_BOX_AREA + 1 if area is None else area) <= np_boxes.MIN_BOX_AREA:
         return "tiny"
     return "" if segmentation or annotation.get("iscrowd") else NO_MASK
 
 
 def lacks_segmentation(annotation):
-    """Whether there is no mask to learn, and none was meant to be: the data set is one of boxes."""
+    """Returns whether an annotation has no mask at all, as in a data set of boxes; crowd regions need none."""
     return annotation.get("segmentation") is None and not annotation.get("iscrowd")
 
 
 def _segmentation(annotation, height, width):
-    """(segmentation as in Record, list of broken rules with a text each)."""
+    """Returns (segmentation as in Record, list of (broken rule, text))."""
     segmentation = annotation.get("segmentation")
     if segmentation is None:
         return None, []
     try:
         if isinstance(segmentation, dict):
-            return box_tools.compress_rle(segmentation, height, width), []
+            return compress_rle(segmentation, height, width), []
         if not isinstance(segmentation, list):
             raise ValueError("it is neither polygons nor RLE")
         polygons = [_polygon(numbers) for numbers in segmentation]
@@ -260,16 +259,20 @@ def _segmentation(annotation, height, width):
 
 
 def _polygon(numbers):
-    """A polygon `[x1, y1, x2, y2, ...]` as float32 [P, 2]; None if that is no polygon."""
+    """Converts a polygon `[x1, y1, x2, y2, ...]` to float32 [P, 2]; returns None if it has too few or odd numbers.
+
+    Raises:
+        ValueError: it is not a list of finite numbers.
+    """
     try:
         polygon = np.asarray(numbers)
-    except ValueError:  # Lists of different lengths within.
+    except ValueError:  # nested lists of different lengths
         polygon = np.empty((1, 1))
     if polygon.ndim != 1 or (polygon.size and polygon.dtype.kind not in "iuf"):
         raise ValueError("a polygon is not a list of numbers")
     if polygon.size and not -_LARGEST < polygon.min() <= polygon.max() < _LARGEST:
         raise ValueError("a polygon's coordinate is not finite")
-    if polygon.size < 2 * box_tools.MIN_POLYGON_POINTS or polygon.size % 2:
+    if polygon.size < 2 * MIN_POLYGON_POINTS or polygon.size % 2:
         return None
     return polygon.astype(np.float32).reshape(-1, 2)
 
@@ -278,7 +281,7 @@ def _polygon(numbers):
 
 
 def check_files(file_names, image_dir, findings):
-    """Findings for names that leave the image directory and for missing files. One listing per directory."""
+    """Appends Findings for names outside the image directory and for missing files; lists each directory once."""
     listed = {}
     for name in file_names:
         if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
@@ -298,7 +301,7 @@ def _outside(name):
 
 
 def _list_files(directory, root):
-    """The names of a directory's files, each with whether it really lies below `root`; links may lead out of it."""
+    """Returns {file name: whether it lies below `root`} of a directory; symbolic links may lead outside."""
     root = os.path.realpath(root)
     inside = _is_inside(directory, root)
     try:
@@ -320,16 +323,17 @@ def _is_inside(path, root):
 
 
 def name_some(items, *, limit=10, separator=", "):
-    """The first of many texts, and how many more there are."""
+    """Joins the first `limit` of the texts and the number of the others."""
     more = len(items) - limit
     return separator.join(items[:limit]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def count(number, noun):
+    """Returns the number and the noun, in the plural unless it is 1: "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def shorten(value, limit=60):
-    """A value on one line, at most `limit` characters long."""
+    """Formats a value on one line of at most `limit` characters."""
     text = " ".join((value if isinstance(value, str) else repr(value)).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""The tour of `make demo`: make a data set, train a small Mask R-CNN on it, measure it, and look at what it finds.
+"""The tour of `make demo`: generates a data set, trains a small Mask R-CNN on it, evaluates it, draws its detections.
 
 Everything runs on the CPU in a few minutes. Each run gets a folder of its own below `demo/`.
 """
@@ -12,16 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
-import data
-import viz
-from config import UserError, config
+from common import viz
+from config import UserError
 from dataset import get_dataset, shapes
+from dataset.images import load_image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA_SET = {"train": 2000, "val": 200, "size": 128, "seed": 0}
 PICTURES = 12
-# A ResNet of one block per stage and a quarter of the width, with GroupNorm: it starts from random weights.
+# A ResNet of one block per stage and a quarter of the width. With GroupNorm it can start from random weights.
 SETTINGS = """
     MODE_FPN=True MODE_MASK=True
     BACKBONE.WIDTH=16 BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1] BACKBONE.NORM=GN BACKBONE.FREEZE_AT=0
@@ -37,6 +36,7 @@ SETTINGS = """
 
 
 def main():
+    """Runs the tour."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo", help="where data and runs go (default: %(default)s)"
@@ -51,28 +51,30 @@ def main():
     say("3. pictures: predictions beside the ground truth")
     pictures = draw(run)
     box_ap50, mask_ap50 = (last_metric(run, f"shapes_val-mAP({kind})/IoU=0.5") for kind in ("bbox", "segm"))
-    say(f"done in {time.time() - start:.0f} s, on {DATA_SET['val']} images that the training has not seen:")
+    say(f"done in {time.time() - start:.0f} s, on {DATA_SET['val']} images that were not used for training:")
     print(f"   box AP50 {box_ap50:.3f}, mask AP50 {mask_ap50:.3f}")
     for path in pictures:
         print(f"   {relative(path)}")
-    print(f"   ./predict.py --predict IMAGE --load {relative(run)}      tries it on an image of yours")
+    print(f"   ./predict.py --predict IMAGE --load {relative(run)}      runs it on an image of yours")
 
 
 def say(text):
+    """Prints the heading of a step."""
     print(f"\n== demo: {text}", flush=True)
 
 
 def relative(path):
-    """As short as it can be typed from here."""
+    """The path relative to the current directory, for printed commands."""
     return os.path.relpath(path)
 
 
 def new_folder(folder):
-    """run1, run2, ...: the first that does not exist."""
+    """The first of run1, run2, ... that does not exist."""
     return next(run for run in (folder / f"run{number}" for number in itertools.count(1)) if not run.exists())
 
 
 def train(run, basedir):
+    """Runs train.py with SETTINGS in a process of its own; raises CalledProcessError if it fails."""
     command = [sys.executable, str(ROOT / "train.py"), "--logdir", str(run), "--config", *SETTINGS.split()]
     subprocess.run([*command, f"DATA.BASEDIR={basedir}"], check=True)
 
@@ -83,20 +85,18 @@ def last_metric(run, name):
 
 
 def draw(run):
-    """Pictures of the first images of the validation set: predictions on the left, ground truth on the right."""
+    """Draws the first images of the validation set, predictions beside ground truth; returns the pictures' paths."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from eval import load_predictor, predict_images  # imports TensorFlow, which the training has used until now
+    from inference import Predictor  # starts TensorFlow, after the training's process has ended
 
-    newest = checkpoint.resolve(run)
-    config.load(checkpoint.find_config(newest))
-    config.freeze()
-    dataset = get_dataset("shapes_val", config.DATA.BASEDIR)
+    predictor = Predictor(run)
+    names, threshold = predictor.class_names, predictor.settings.TEST.RESULT_SCORE_THRESH_VIS
+    dataset = get_dataset("shapes_val", predictor.settings.DATA.BASEDIR)
     records = dataset.records(training=False)[:PICTURES]
-    images = [data.load_image(record.path) for record in records]
+    images = [load_image(record.path) for record in records]
     pictures = []
-    for record, image, found in zip(records, images, predict_images(load_predictor(newest), images)):
-        names = dataset.class_names
-        left = viz.draw_detections(image, found, names, score_threshold=config.TEST.RESULT_SCORE_THRESH_VIS)
+    for record, image, found in zip(records, images, predictor(images)):
+        left = viz.draw_detections(image, found, names, score_threshold=threshold)
         right = viz.draw_ground_truth(image, record, names)
         both = viz.side_by_side(left, right, ("predicted", "ground truth"))
         pictures.append(viz.save_picture(both, run / f"{Path(record.path).stem}.png"))

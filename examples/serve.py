@@ -5,8 +5,9 @@ r"""Serves an exported model over HTTP with nothing but TensorFlow, as TensorFlo
     curl -d "{\"signature_name\": \"encoded\", \"inputs\": {\"image_bytes\": [{\"b64\": \"$(base64 -w0 a.jpg)\"}]}}" \
         localhost:8501/v1/models/rcnn:predict
 
-The answer is {"outputs": {name: list}}, with masks as PNG files in base64: see export.py. TensorFlow Serving itself
-answers the same request (`--model_base_path=$PWD/models/rcnn --model_name=rcnn --rest_api_port=8501`).
+The answer is {"outputs": {name: list}}, with masks as PNG files in base64; inference/export.py describes the outputs.
+TensorFlow Serving answers the same request (`--model_base_path=$PWD/models/rcnn --model_name=rcnn
+--rest_api_port=8501`).
 """
 
 import argparse
@@ -21,6 +22,7 @@ import tensorflow as tf  # noqa: E402
 
 
 def main():
+    """Runs the server until it is interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="SavedModel")
     parser.add_argument("--host", default="127.0.0.1")
@@ -42,6 +44,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers POST .../rcnn:predict."""
 
     def do_POST(self):
+        """Answers with code 200 and the outputs, or with code 400 and the error."""
         try:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             code, answer = 200, {"outputs": predict(self.server.signatures, request)}
@@ -56,7 +59,11 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def predict(signatures, request):
-    """The outputs, as lists, for a request {"signature_name": ..., "inputs": {name: value}}."""
+    """The outputs, as lists, for a request {"signature_name": ..., "inputs": {name: value}}.
+
+    Raises:
+        ValueError, TypeError, KeyError, tf.errors.InvalidArgumentError: the request is wrong.
+    """
     signature = signatures[request.get("signature_name", "serving_default")]
     _, specs = signature.structured_input_signature
     if not request["inputs"].keys() <= specs.keys():
@@ -66,14 +73,14 @@ def predict(signatures, request):
 
 
 def _decoded(value):
-    """Values of {"b64": ...} in lists become bytes."""
+    """Replaces each {"b64": ...} in nested lists by its bytes."""
     if isinstance(value, dict):
         return base64.b64decode(value["b64"], validate=True)
     return [_decoded(item) for item in value] if isinstance(value, list) else value
 
 
 def _encoded(name, value):
-    """Bytes in lists become {"b64": ...} in outputs called *_bytes, and text in others."""
+    """Replaces bytes in nested lists: by {"b64": ...} in outputs called *_bytes, by text in others."""
     if isinstance(value, list):
         return [_encoded(name, item) for item in value]
     if isinstance(value, bytes):

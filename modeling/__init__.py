@@ -1,1 +1,1 @@
-"""The models: `rcnn` composes what the other files define, one part each."""
+"""The network: `rcnn` composes the parts that the other files define."""

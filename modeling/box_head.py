@@ -1,37 +1,40 @@
-"""The second stage for boxes, Fast R-CNN (arXiv:1504.08083): RoIs and their targets, heads, losses, detections.
+"""The box head, the second stage of Fast R-CNN (arXiv:1504.08083): RoIs and their targets, heads, losses, detections.
 
-Shapes: N images, P proposals, G ground truths, S RoI slots per image, R = N * S RoIs of all images, C classes,
-D channels.
+Shapes: N images, P proposals, G ground truths, S RoI slots per image, R = N * S RoIs of all images, C classes, D
+channels.
 labels: int64, 1..C, 0 = background. class_logits: before the softmax over C + 1, background first.
 deltas: see `box_ops`, times the box regression weights; one box per class (background included) or one for all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from common.registry import Registry
+
 from . import box_ops
 from .layers import conv2d_of_head, fully_connected, normal_initializer, shape_list
 
-PROPOSAL_IDENTITY = 2**20  # random numbers of proposals start here, those of ground truths at 0
+PROPOSAL_IDENTITY = 2**20  # identities of proposals start here, those of ground truths at 0
 
 
 class RoIs(NamedTuple):
-    """Regions to classify, with their targets. Slots that aren't valid take no part in any loss."""
+    """Regions to classify, with their targets. Slots that are not valid contribute to no loss."""
 
     boxes: tf.Tensor  # float32 [N, S, 4], no gradient
     labels: tf.Tensor  # int64 [N, S], 0 = background
-    gt_index: tf.Tensor  # int32 [N, S], the ground truth that a foreground RoI belongs to
+    gt_index: tf.Tensor  # int32 [N, S], the ground truth matched with a foreground RoI
     is_valid: tf.Tensor  # bool [N, S]
 
     @property
-    def is_foreground(self):
-        """bool [N, S]"""
+    def is_foreground(self) -> tf.Tensor:
+        """Foreground slots, bool [N, S]."""
         return self.is_valid & (self.labels > 0)
 
 
 def label_rois(boxes, is_valid, gt_boxes, gt_labels, *, foreground_iou):
-    """Give each box the label of the ground truth that it overlaps most, or background below `foreground_iou`.
+    """Gives each box the label of the ground truth with the highest IoU, or background below `foreground_iou`.
 
     Args:
         boxes: float32 [N, S, 4]. is_valid: bool [N, S].
@@ -47,10 +50,12 @@ def label_rois(boxes, is_valid, gt_boxes, gt_labels, *, foreground_iou):
 
 
 def sample_rois(proposals, gt_boxes, gt_labels, sample_key, *, foreground_iou, batch_per_image, foreground_ratio):
-    """The RoIs of a training step: a random sample of the proposals and of the ground truth boxes themselves.
+    """Samples the RoIs of a training step at random from the proposals and the ground truth boxes.
 
     Args:
-        proposals: rpn.Proposals. sample_key: int32 [N, 2], see `box_ops.random_keys`.
+        proposals: rpn.Proposals. gt_boxes, gt_labels, foreground_iou: see `label_rois`.
+        sample_key: int32 [N, 2], see `box_ops.random_keys`. batch_per_image: RoIs per image.
+        foreground_ratio: largest share of foreground, 0..1
     Returns:
         RoIs, S = min(batch_per_image, P + G), foreground first
     """
@@ -79,35 +84,37 @@ def sample_rois(proposals, gt_boxes, gt_labels, sample_key, *, foreground_iou, b
 
 
 def image_index(boxes):
-    """The image of each of the boxes [N, S, 4], flattened: int32 [N * S]."""
+    """Returns the index of the image of each of the boxes [N, S, 4], flattened: int32 [N * S]."""
     n, slots, _ = shape_list(boxes)
     return tf.repeat(tf.range(n), slots)
 
 
 def fastrcnn_2fc_head(x, *, fc_channels, **unused):
-    """Two fully connected layers: [R, 7, 7, D] -> [R, fc_channels]."""
+    """Applies two fully connected layers: [R, 7, 7, D] -> [R, fc_channels]."""
     del unused
     x = fully_connected("fc6", x, fc_channels, activation=tf.nn.relu)
     return fully_connected("fc7", x, fc_channels, activation=tf.nn.relu)
 
 
 def fastrcnn_4conv1fc_head(x, *, conv_channels, fc_channels, norm, norm_first=False):
-    """Four 3x3 convolutions, optionally normalised, and one fully connected layer: [R, 7, 7, D] -> [R, fc_channels]."""
+    """Applies four 3x3 convolutions and one fully connected layer: [R, 7, 7, D] -> [R, fc_channels].
+
+    Args:
+        norm, norm_first: of the convolutions, see `conv2d_of_head`
+    """
     for i in range(4):
         x = conv2d_of_head(f"conv{i}", f"gn{i}", x, conv_channels, norm=norm, norm_first=norm_first)
     return fully_connected("fc", x, fc_channels, activation=tf.nn.relu)
 
 
-# FPN.FRCNN_HEAD_FUNC -> (function, norm)
-HEADS = {
-    "fastrcnn_2fc_head": (fastrcnn_2fc_head, "None"),
-    "fastrcnn_4conv1fc_head": (fastrcnn_4conv1fc_head, "None"),
-    "fastrcnn_4conv1fc_gn_head": (fastrcnn_4conv1fc_head, "GN"),
-}
+HEADS = Registry("FPN.FRCNN_HEAD_FUNC")  # values: (function, norm)
+HEADS.register("fastrcnn_2fc_head", (fastrcnn_2fc_head, "None"))
+HEADS.register("fastrcnn_4conv1fc_head", (fastrcnn_4conv1fc_head, "None"))
+HEADS.register("fastrcnn_4conv1fc_gn_head", (fastrcnn_4conv1fc_head, "GN"))
 
 
 def box_outputs(features, *, num_classes, class_agnostic):
-    """The last layer.
+    """Applies the last layers, which classify RoIs and refine their boxes.
 
     Args:
         features: [R, D]. num_classes: C, without background.
@@ -120,14 +127,40 @@ def box_outputs(features, *, num_classes, class_agnostic):
     return tf.cast(class_logits, tf.float32), tf.cast(tf.reshape(deltas, [-1, boxes, 4]), tf.float32)
 
 
-def box_losses(class_logits, deltas, rois, gt_boxes, *, weights):
-    """Cross-entropy of the labels and L1 of the foreground's deltas.
+BOX_LOSSES = Registry("FRCNN.BOX_LOSS")
+
+
+def register_box_loss(name: str, function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+    """Registers a box loss under a name for FRCNN.BOX_LOSS.
 
     Args:
-        class_logits: float32 [R, C + 1]. deltas: float32 [R, C + 1 or 1, 4], a known number. rois: RoIs, R = N * S.
-        gt_boxes: float32 [N, G, 4]. weights: of box regression.
+        function: (deltas, boxes, gt_boxes, weights) -> float32 [N, S], the loss of each RoI. The first three are
+            float32 [N, S, 4]: `boxes` are the RoIs, `gt_boxes` the ground truth of each. For RoIs that are not
+            foreground, whose loss is dropped, both are the same unit box. `weights`: 4 box regression weights.
     Returns:
-        dict of scalars: sums over an image's RoIs / their number; the mean over images
+        the function
+    Raises:
+        ConfigError: the name is registered already.
+    """
+    return BOX_LOSSES.register(name, function)
+
+
+def l1_loss(deltas, boxes, gt_boxes, weights):
+    """Returns the sum of |deltas - targets| over the four coordinates, float32 [N, S]: see `register_box_loss`."""
+    return tf.reduce_sum(tf.abs(deltas - box_ops.encode(gt_boxes, boxes, weights=weights)), axis=2)
+
+
+register_box_loss("l1", l1_loss)
+
+
+def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_loss):
+    """Computes the cross-entropy of the labels and the box loss of the foreground.
+
+    Args:
+        class_logits: float32 [R, C + 1]. deltas: float32 [R, C + 1 or 1, 4], dimension 1 static. rois: RoIs, R = N * S.
+        gt_boxes: float32 [N, G, 4]. weights: of box regression. box_loss: see `register_box_loss`.
+    Returns:
+        dict of scalars, each the sum over an image's RoIs divided by the number of its valid RoIs; the mean over images
     """
     n, slots = shape_list(rois.labels)
     labels = tf.reshape(rois.labels, [-1])
@@ -136,25 +169,25 @@ def box_losses(class_logits, deltas, rois, gt_boxes, *, weights):
         deltas = tf.gather(deltas, labels, batch_dims=1)
     deltas = tf.reshape(deltas, [n, slots, 4])
     matched = tf.gather(gt_boxes, rois.gt_index, batch_dims=1)
-    foreground = rois.is_foreground[..., None]
-    # Other slots stand in with a pair of equal boxes, so that no logarithm of nothing reaches the gradient.
-    matched, references = (tf.where(foreground, x, tf.constant([0.0, 0.0, 1.0, 1.0])) for x in (matched, rois.boxes))
-    errors = tf.where(foreground, tf.abs(deltas - box_ops.encode(matched, references, weights=weights)), 0.0)
+    # Other slots get two equal unit boxes: the logarithm of an empty box's width would make the gradient NaN.
+    is_foreground = rois.is_foreground[..., None]
+    matched, boxes = (tf.where(is_foreground, x, tf.constant([0.0, 0.0, 1.0, 1.0])) for x in (matched, rois.boxes))
+    losses = tf.where(rois.is_foreground, box_loss(deltas, boxes, matched, weights), 0.0)
     return {
         "label_loss": _mean_over_rois(tf.reshape(label_losses, [n, slots]), rois.is_valid),
-        "box_loss": _mean_over_rois(tf.reduce_sum(errors, axis=2), rois.is_valid),
+        "box_loss": _mean_over_rois(losses, rois.is_valid),
     }
 
 
 def _mean_over_rois(losses, is_valid):
-    """Mean of [N, S] over each image's valid RoIs, then over images."""
+    """Averages [N, S] over each image's valid RoIs, then over images."""
     total = tf.reduce_sum(tf.where(is_valid, losses, 0.0), axis=1)
     count = tf.reduce_sum(tf.cast(is_valid, tf.float32), axis=1)
     return tf.reduce_mean(tf.math.divide_no_nan(total, count))
 
 
 def box_metrics(class_logits, rois):
-    """How the classification of the sampled RoIs stands: dict of scalars, for summaries only."""
+    """Returns how well the sampled RoIs are classified: a dict of scalars, for summaries only."""
     predicted = tf.reshape(tf.argmax(class_logits, axis=1), tf.shape(rois.labels))
     is_right = tf.equal(predicted, rois.labels)
 
@@ -168,13 +201,13 @@ def box_metrics(class_logits, rois):
 
 
 class Detections(NamedTuple):
-    """What was found in a batch: the detections of all images together, by image, best first."""
+    """The detections of all images of a batch, in the order of the images, best first within each."""
 
     boxes: tf.Tensor  # float32 [R, 4] in pixels of the network's input, clipped to the image
-    scores: tf.Tensor  # float32 [R]; NaN where numbers in the network were not finite
+    scores: tf.Tensor  # float32 [R]; NaN if values in the network were not finite
     labels: tf.Tensor  # int64 [R], 1..C
-    image_index: tf.Tensor  # int32 [R], into the batch
-    masks: tf.Tensor = None  # float32 [R, M, M], probabilities within the box
+    image_index: tf.Tensor  # int32 [R], index into the batch
+    masks: tf.Tensor | None = None  # float32 [R, M, M], probabilities within the box
 
 
 def detect(
@@ -189,13 +222,14 @@ def detect(
     soft_nms="None",
     soft_nms_sigma=0.5,
 ):
-    """Suppress within each class, and keep the best of each image over all classes.
+    """Applies NMS within each class and keeps the best detections of each image over all classes.
 
     Args:
         probabilities: float32 [N, P, C + 1]. boxes: float32 [N, P, C or 1, 4], decoded.
         is_valid: bool [N, P]. image_shape: int32 [N, 2].
-        score_threshold: a detection's score is strictly above it, also after soft-NMS
-        soft_nms: "None", or a kind of `box_ops.batched_soft_nms`
+        score_threshold: detections need a score above it, in soft-NMS also after the decay
+        nms_threshold: IoU. max_per_image: largest number of detections.
+        soft_nms: "None", or a kind of `box_ops.batched_soft_nms`. soft_nms_sigma: its `sigma`.
     Returns:
         Detections without masks
     """

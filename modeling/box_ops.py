@@ -1,4 +1,4 @@
-"""Boxes in TensorFlow: overlaps, encoding, matching, sampling, NMS and RoIAlign. No variables, no configuration.
+"""Boxes in TensorFlow: overlaps, encoding, matching, sampling, NMS and RoIAlign. No variables, no settings.
 
 Shapes: N images, A anchors or other boxes, G ground truths, R RoIs, S samples, C channels or classes.
 boxes: float32 [..., 4], x1 y1 x2 y2 in continuous pixel coordinates of the padded network input, no "+1".
@@ -9,28 +9,28 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-KEY_PURPOSES = {"anchors": 1, "rois": 2}  # of random numbers
-NEVER = -1.0  # random keys are in [0, 1): what carries this one is never picked
-MANY_CHANNELS = 1024  # of a map: RoIAlign then saves memory
-MAX_SAMPLES = 64  # along a side of a cell of an RoI: more than any image has
-NO_SCORE = -1.0  # the score in `batched_nms` of what is not a candidate
+KEY_PURPOSES = {"anchors": 1, "rois": 2}  # uses of random numbers
+NEVER = -1.0  # random keys are in [0, 1): a candidate with this key is never sampled
+MANY_CHANNELS = 1024  # of a map: from this number upwards RoIAlign saves memory
+MAX_SAMPLES = 64  # along a side of a cell of an RoI; no image requires more
+NO_SCORE = -1.0  # score in `batched_nms` of boxes that are not candidates
 
 
 def area(boxes):
-    """Area of boxes [..., 4] -> [...]; what has a negative side counts as empty."""
+    """Returns the area of boxes [..., 4] -> [...]; 0 for boxes with a negative side."""
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     return tf.maximum(x2 - x1, 0.0) * tf.maximum(y2 - y1, 0.0)
 
 
 def clip(boxes, image_shape):
-    """Clip boxes [N, A, 4] to their images. image_shape: int32 [N, 2], height and width."""
+    """Clips boxes [N, A, 4] to their images. `image_shape`: int32 [N, 2], height and width."""
     height_width = tf.cast(image_shape, tf.float32)
     limit = tf.reverse(height_width, [1])[:, None, :]  # width, height
     return tf.maximum(tf.minimum(boxes, tf.concat([limit, limit], axis=-1)), 0.0)
 
 
 def is_nonempty(boxes, min_size=0.0):
-    """Whether boxes [..., 4] are finite and both sides above `min_size` pixels -> bool [...]."""
+    """Returns whether boxes [..., 4] are finite and both sides are above `min_size` pixels: bool [...]."""
     x1, y1, x2, y2 = tf.unstack(boxes, axis=-1)
     width, height = x2 - x1, y2 - y1
     finite = tf.math.is_finite(tf.reduce_sum(boxes, axis=-1))
@@ -46,10 +46,10 @@ def _pairwise_intersection(boxes_a, boxes_b):
 
 
 def pairwise_iou(boxes_a, boxes_b):
-    """Intersection over union of all pairs: [N, A, 4] and [N, G, 4] -> float32 [N, A, G]; 0 where both are empty.
+    """Returns the intersection over union of all pairs: [N, A, 4], [N, G, 4] -> float32 [N, A, G]; 0 if both are empty.
 
-    The union is (area_a + area_b) - intersection in this order: rounding decides which anchors tie for the best of
-    an object, and all of those become positive.
+    The union is (area_a + area_b) - intersection in this order: rounding decides which anchors tie for the highest IoU
+    with an object, and all of those become foreground.
     """
     intersection = _pairwise_intersection(boxes_a, boxes_b)
     union = (area(boxes_a)[:, :, None] + area(boxes_b)[:, None, :]) - intersection
@@ -57,7 +57,7 @@ def pairwise_iou(boxes_a, boxes_b):
 
 
 def pairwise_ioa(boxes_a, boxes_b):
-    """The share of each box of `boxes_a` covered by each of `boxes_b`: [N, A, 4], [N, G, 4] -> float32 [N, A, G]."""
+    """Returns the share of each of `boxes_a` inside each of `boxes_b`: [N, A, 4], [N, G, 4] -> float32 [N, A, G]."""
     return tf.math.divide_no_nan(_pairwise_intersection(boxes_a, boxes_b), area(boxes_a)[:, :, None])
 
 
@@ -67,7 +67,7 @@ def _center_and_size(boxes):
 
 
 def encode(boxes, references, *, weights=(1.0, 1.0, 1.0, 1.0)):
-    """The deltas that lead from `references` to `boxes`, both [..., 4], not empty. Returns [..., 4] times `weights`."""
+    """Returns the deltas from `references` to `boxes`, both [..., 4] and not empty: [..., 4], times `weights`."""
     center, size = _center_and_size(boxes)
     reference_center, reference_size = _center_and_size(references)
     shift = (center - reference_center) / reference_size
@@ -76,10 +76,12 @@ def encode(boxes, references, *, weights=(1.0, 1.0, 1.0, 1.0)):
 
 
 def decode(deltas, references, *, max_log_size, weights=(1.0, 1.0, 1.0, 1.0)):
-    """The boxes that `deltas` lead to from `references`, both broadcastable to [..., 4]: the inverse of `encode`.
+    """Applies `deltas` to `references`, both broadcastable to [..., 4]: the inverse of `encode`.
 
     Args:
-        max_log_size: limit of tw and th, so that the exponential stays finite
+        max_log_size: limit of tw and th, which keeps the exponential finite
+    Returns:
+        boxes [..., 4]
     """
     shift, growth = tf.split(deltas / tf.constant(weights, tf.float32), 2, axis=-1)
     reference_center, reference_size = _center_and_size(references)
@@ -89,16 +91,16 @@ def decode(deltas, references, *, max_log_size, weights=(1.0, 1.0, 1.0, 1.0)):
 
 
 def random_keys(sample_key, identity, *, purpose):
-    """Random numbers that belong to an image and to a candidate in it, whatever batch, tower or rank they are in.
+    """Returns random numbers that depend on image and candidate only, not on batch, tower or rank.
 
-    A stateless generator of TensorFlow would tie a candidate's number to its index and so to the padding of the batch.
-    Here it is a 32-bit xor-shift-multiply hash of who the candidate is, in int64, which GPUs compute (their int32
-    kernels run on the host).
+    TensorFlow's stateless generators would tie a candidate's number to its index and so to the padding of the batch.
+    This function applies a 32-bit xor-shift-multiply hash to the candidate's identity. It computes in int64, because
+    TensorFlow runs a GPU's int32 ops on the host.
 
     Args:
         sample_key: int32 [N, 2], the seed and the image's position in the order of the data
-        identity: int64 [A] or [N, A], the same for a candidate in whatever batch its image is
-        purpose: one of KEY_PURPOSES, so that the picks of different uses are independent
+        identity: int64 [A] or [N, A], of each candidate, the same in every batch
+        purpose: one of KEY_PURPOSES, which makes the samples of different uses independent
     Returns:
         float32 [N, A] in [0, 1)
     """
@@ -111,8 +113,8 @@ def random_keys(sample_key, identity, *, purpose):
 
 
 def _mix(x):
-    """One finaliser round on the low 32 bits of int64 `x`."""
-    low_32_bits, multiplier = 0xFFFFFFFF, 0x45D9F3B  # below 2^31, so that the product fits
+    """Applies one finaliser round to the low 32 bits of int64 `x`."""
+    low_32_bits, multiplier = 0xFFFFFFFF, 0x45D9F3B  # below 2^31, so the product fits into int64
     x = tf.bitwise.bitwise_and(x, low_32_bits)
     for _ in range(2):
         x = tf.bitwise.bitwise_and(_xor_shift(x) * multiplier, low_32_bits)
@@ -124,15 +126,15 @@ def _xor_shift(x):
 
 
 class Sample(NamedTuple):
-    """Candidates picked for a loss: foreground first, then background, then unused slots."""
+    """Candidates sampled for a loss: foreground first, then background, then unused slots."""
 
-    index: tf.Tensor  # int32 [N, S], into the candidates
+    index: tf.Tensor  # int32 [N, S], index into the candidates
     is_foreground: tf.Tensor  # bool [N, S]
     is_valid: tf.Tensor  # bool [N, S], foreground or background
 
 
 def sample(is_foreground, is_background, keys, *, size, foreground_ratio):
-    """Pick at random up to size * foreground_ratio foreground candidates, and fill up to `size` with background.
+    """Samples at random up to size * foreground_ratio foreground candidates, and background to fill up to `size`.
 
     Args:
         is_foreground, is_background: bool [N, A]. keys: float32 [N, A], random.
@@ -154,34 +156,34 @@ def sample(is_foreground, is_background, keys, *, size, foreground_ratio):
 
 
 def _count(mask):
-    """Number of true entries per row: bool [N, A] -> int32 [N, 1]."""
+    """Counts the true entries per row: bool [N, A] -> int32 [N, 1]."""
     return tf.reduce_sum(tf.cast(mask, tf.int32), axis=1, keepdims=True)
 
 
 def mean_count(mask):
-    """Number of true entries per row of bool [N, A], the mean over rows: a float32 scalar."""
+    """Counts the true entries per row of bool [N, A] and averages over rows: a float32 scalar."""
     return tf.reduce_mean(tf.reduce_sum(tf.cast(mask, tf.float32), axis=1))
 
 
 def share(part, whole):
-    """The share of the true entries of bool `whole` that are true in `part`, of the same shape: a scalar, 0 of none."""
+    """Returns the share of bool `whole`'s true entries that are also true in `part`: a scalar, 0 if there are none."""
     count = tf.reduce_sum(tf.cast(whole, tf.float32))
     return tf.math.divide_no_nan(tf.reduce_sum(tf.cast(part & whole, tf.float32)), count)
 
 
 def batched_nms(boxes, scores, *, iou_threshold, max_output):
-    """Greedy non-maximum suppression in many independent problems at once: B images, or images and levels.
+    """Applies greedy non-maximum suppression to many independent problems at once: B images, or images and levels.
 
-    Of a problem's boxes, best first, each suppresses those of its own class that overlap it by more than the threshold.
-    One op for all problems, on the CPU (it has no GPU kernel), spread over the cores. Scores have to be positive: the
-    op fills up its result with dummies of score -1, and takes them for better than what is below.
+    Within a problem, each box, best first, suppresses those of its own class whose IoU with it exceeds the threshold.
+    One op solves all problems, on the CPU (it has no GPU kernel), distributed over the cores. Scores must be positive:
+    the op pads its result with dummies of score -1 and ranks them above lower scores.
 
     Args:
         boxes: float32 [B, A, Q, 4], Q = 1 (shared by the classes) or C
         scores: float32 [B, A, C], above 0, or NO_SCORE
     Returns:
         boxes float32 [B, max_output, 4], scores [B, max_output], best first, class_index int32 [B, max_output],
-        is_valid bool [B, max_output]; what isn't valid is zero
+            is_valid bool [B, max_output]; entries that are not valid are zero
     """
     kept = tf.image.combined_non_max_suppression(
         boxes,
@@ -197,16 +199,16 @@ def batched_nms(boxes, scores, *, iou_threshold, max_output):
 
 
 def batched_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_threshold, max_output):
-    """Soft-NMS (arXiv:1704.04503) in many independent problems at once: what overlaps a better box of its class keeps a
-    part of its score instead of going.
+    """Applies Soft-NMS (arXiv:1704.04503) to many independent problems at once.
 
-    The best candidate of all classes is picked again and again: as scores only fall, that is the order in which the
-    classes by themselves, merged by their final scores, would be picked.
+    A box that overlaps a better box of its class loses a part of its score instead of being suppressed. The loop
+    repeatedly selects the best candidate of all classes; as scores only fall, this gives the same order as separate
+    selections per class, merged by their final scores.
 
     Args:
         boxes, scores: as in `batched_nms`
-        kind: "linear": factor 1 - IoU from `iou_threshold` on; "gaussian": factor exp(-IoU^2 / sigma)
-        score_threshold: picks need a score above it after all, 0 or more
+        kind: "linear": factor 1 - IoU above `iou_threshold`; "gaussian": factor exp(-IoU^2 / sigma)
+        score_threshold: 0 or more; selected boxes need a final score above it
     Returns:
         as `batched_nms`
     """
@@ -240,24 +242,24 @@ def batched_soft_nms(boxes, scores, *, kind, iou_threshold, sigma, score_thresho
 
 
 def extend_border(features):
-    """A map [N, H, W, C] extended by one pixel on each side, as float32: what `roi_align` samples from."""
+    """Extends a map [N, H, W, C] by one pixel on each side, as float32: the input of `roi_align`."""
     return tf.pad(tf.cast(features, tf.float32), [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")
 
 
 def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=True, adaptive=False):
-    """RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3): bilinear samples averaged in each cell, aligned to pixels.
+    """Applies RoIAlign (Mask R-CNN, arXiv:1703.06870 sec. 3): the mean of bilinear samples in each cell.
 
     Args:
         extended_features: float32 [N, H + 2, W + 2, C] of `extend_border`
-        boxes: float32 [R, 4] in pixels of the feature map. image_index: int32 [R].
-        half_pixel: False is torchvision's `aligned=False`, as in the first RoIAlign: pixel centres lie at + 0, and
-            RoIs narrower than a cell are widened to one
-        adaptive: take as many samples along a side of a cell as it has pixels, rounded up, not two
+        boxes: float32 [R, 4] in pixels of the feature map. image_index: int32 [R]. resolution: cells per side.
+        half_pixel: False is torchvision's `aligned=False`, as in the first RoIAlign: pixel centres lie at + 0, and RoIs
+            narrower than a pixel of the map are widened to one
+        adaptive: take as many samples along a side of a cell as it has pixels, rounded up, instead of two
     Returns:
         float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
     """
     offset = 0.5 if half_pixel else 0.0
-    boxes = tf.stop_gradient(boxes) + 1.0  # in the extended map
+    boxes = tf.stop_gradient(boxes) + 1.0  # coordinates in the extended map
     if not half_pixel:
         top_left, bottom_right = tf.split(boxes, 2, axis=1)
         boxes = tf.concat([top_left, tf.maximum(bottom_right, top_left + 1.0)], axis=1)
@@ -270,9 +272,9 @@ def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=T
 
 
 def _lean_roi_align(features, boxes, image_index, *, resolution, offset):
-    """The same without all 2x2 samples of each cell in memory at once, which C4's 1000 RoIs would fill gigabytes with.
+    """Computes `roi_align` with less memory: all 2x2 samples of each cell of C4's 1000 RoIs would fill gigabytes.
 
-    One sample of each cell at a time: those of the RoI moved by a quarter of a cell to either side.
+    It takes one sample of each cell at a time, from RoIs shifted by a quarter of a cell.
     """
     quarter = (boxes[:, 2:] - boxes[:, :2]) / (4.0 * resolution)
     total = tf.zeros([])
@@ -284,9 +286,9 @@ def _lean_roi_align(features, boxes, image_index, *, resolution, offset):
 
 
 def _sample_grid(features, boxes, image_index, rows, columns, *, offset):
-    """Bilinear samples at the centres of a grid of cells over each box: float32 [R, rows, columns, C].
+    """Samples bilinearly at the centres of a grid of cells over each box: float32 [R, rows, columns, C].
 
-    `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is moved
+    `crop_and_resize` puts its samples on the corners of a box and counts pixel centres as integers; the box is shifted
     and shrunk so that they fall on the centres of the cells, with pixel centres at + `offset`.
 
     Args:
@@ -303,12 +305,12 @@ def _sample_grid(features, boxes, image_index, rows, columns, *, offset):
 
 
 def _adaptive_roi_align(features, boxes, image_index, *, resolution, offset):
-    """Detectron2's `sampling_ratio=0`: a loop over the numbers of samples that occur, each for all RoIs that need it.
+    """Implements Detectron2's `sampling_ratio=0`: a loop over the sample counts that occur, each for all its RoIs.
 
     Args:
         features: float32 [N, H, W, C]. boxes: float32 [R, 4] in its pixels.
     """
-    boxes, image_index = tf.pad(boxes, [[0, 1], [0, 0]]), tf.pad(image_index, [[0, 1]])  # never none at all
+    boxes, image_index = tf.pad(boxes, [[0, 1], [0, 0]]), tf.pad(image_index, [[0, 1]])  # at least one for the loop
     sides = tf.math.ceil((boxes[:, 2:] - boxes[:, :2]) / resolution)
     across, down = tf.unstack(tf.cast(tf.clip_by_value(sides, 1.0, MAX_SAMPLES), tf.int32), axis=1)
     kinds, kind = tf.unique(across * (MAX_SAMPLES + 1) + down)
@@ -317,7 +319,7 @@ def _adaptive_roi_align(features, boxes, image_index, *, resolution, offset):
     def pool(i, pooled):
         across, down = kinds[i] // (MAX_SAMPLES + 1), kinds[i] % (MAX_SAMPLES + 1)
         rois = tf.where(tf.equal(kind, i))[:, 0]
-        own_boxes = tf.stop_gradient(tf.gather(boxes, rois))  # again: the loop's gradient knows nothing of the first
+        own_boxes = tf.stop_gradient(tf.gather(boxes, rois))  # again: the loop's gradient ignores the first one
         own_index = tf.gather(image_index, rois)
         samples = _sample_grid(features, own_boxes, own_index, down * resolution, across * resolution, offset=offset)
         cells = tf.reshape(samples, [-1, resolution, down, resolution, across, channels])
@@ -333,7 +335,7 @@ def _adaptive_roi_align(features, boxes, image_index, *, resolution, offset):
 
 @tf.custom_gradient
 def _mean_2x2(x):
-    """Mean of each 2x2 window: [R, 2 H, 2 W, C] -> [R, H, W, C]. Its gradient is a broadcast, not AvgPoolGrad."""
+    """Averages each 2x2 window: [R, 2 H, 2 W, C] -> [R, H, W, C]. The gradient is a broadcast, not AvgPoolGrad."""
 
     def gradient(dy):
         r, height, width, channels = tf.unstack(tf.shape(x))
@@ -344,10 +346,11 @@ def _mean_2x2(x):
 
 
 def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resolution, **options):
-    """RoIAlign from the pyramid level that fits each RoI's size (FPN, arXiv:1612.03144 eq. 1).
+    """Applies RoIAlign to the pyramid level that fits each RoI's size (FPN, arXiv:1612.03144 eq. 1).
 
     Args:
-        extended_pyramid: list of `extend_border` maps. strides: pixels per cell of each. One level serves every RoI.
+        extended_pyramid: list of `extend_border` maps; a single map serves all RoIs. strides: pixels per cell of each
+            map.
         boxes: float32 [R, 4] in pixels of the network input. image_index: int32 [R]. options: of `roi_align`.
     Returns:
         float32 [R, resolution, resolution, C]
@@ -365,6 +368,9 @@ def multilevel_roi_align(extended_pyramid, strides, boxes, image_index, *, resol
 
 
 def roi_level(boxes, *, num_levels):
-    """The level floor(4 + log2(sqrt(area) / 224 + 1e-6)) of RoIs [R, 4], as int32 [R] in 0..levels - 1 from level 2."""
+    """Returns the level of RoIs [R, 4] as an index from level 2, int32 [R] in 0..num_levels - 1.
+
+    The level is floor(4 + log2(sqrt(area) / 224 + 1e-6)), arXiv:1612.03144 eq. 1, limited to the existing levels.
+    """
     octave = tf.math.log(tf.sqrt(area(boxes)) / 224.0 + 1e-6) / tf.math.log(2.0)
     return tf.cast(tf.clip_by_value(tf.floor(4.0 + octave), 2.0, num_levels + 1.0), tf.int32) - 2

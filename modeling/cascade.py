@@ -1,4 +1,4 @@
-"""Cascade R-CNN (arXiv:1712.00726): box heads in a row, each on the boxes that the one before has refined.
+"""Cascade R-CNN (arXiv:1712.00726): a sequence of box heads, each applied to the boxes that the previous one refined.
 
 Shapes: N images, S RoI slots per image, R = N * S, C classes.
 """
@@ -11,23 +11,23 @@ from . import box_ops
 
 
 class Stage(NamedTuple):
-    """One stage's input and output."""
+    """Input and output of one stage."""
 
-    boxes: tf.Tensor  # float32 [N, S, 4], the RoIs that it saw
+    boxes: tf.Tensor  # float32 [N, S, 4], the stage's RoIs
     is_valid: tf.Tensor  # bool [N, S]
     class_logits: tf.Tensor  # float32 [R, C + 1]
     deltas: tf.Tensor  # float32 [R, 1, 4], class-agnostic
 
 
 def cascade(boxes, is_valid, image_shape, *, head, weights, max_log_size):
-    """Run the stages.
+    """Runs the stages.
 
     Args:
         boxes: float32 [N, S, 4], the first stage's RoIs. is_valid: bool [N, S]. image_shape: int32 [N, 2].
         head: function (stage index, boxes [N, S, 4]) -> class_logits, deltas
-        weights: of box regression, one tuple per stage
+        weights: of box regression, one tuple of 4 per stage. max_log_size: see `box_ops.decode`.
     Returns:
-        list of Stage, and the boxes that the last one refined, float32 [N, S, 4] (clipped to the image)
+        list of Stage; and the boxes that the last stage refined, float32 [N, S, 4], clipped to the image
     """
     stages = []
     for index, stage_weights in enumerate(weights):
@@ -37,17 +37,17 @@ def cascade(boxes, is_valid, image_shape, *, head, weights, max_log_size):
         refined = box_ops.decode(deltas, boxes, weights=stage_weights, max_log_size=max_log_size)
         boxes = tf.stop_gradient(box_ops.clip(refined, image_shape))
         is_valid = is_valid & box_ops.is_nonempty(boxes)
-        boxes = tf.where(tf.math.is_finite(boxes), boxes, 0.0)  # RoIAlign takes no others
+        boxes = tf.where(tf.math.is_finite(boxes), boxes, 0.0)  # RoIAlign requires finite boxes
     return stages, boxes
 
 
 def mean_probabilities(stages):
-    """The mean of the stages' softmax, each on its own boxes: float32 [R, C + 1]."""
+    """Averages the softmax of the stages, each computed on its own boxes: float32 [R, C + 1]."""
     return tf.add_n([tf.nn.softmax(stage.class_logits) for stage in stages]) / len(stages)
 
 
 def scale_gradient(x, scale):
-    """`x` whose gradient is multiplied by `scale`: the stages share the features that they pool from."""
+    """Returns `x` unchanged and multiplies its gradient by `scale`: the stages share the features they pool from."""
 
     @tf.custom_gradient
     def identity(x):

@@ -7,7 +7,7 @@ from .layers import FAN_IN, conv2d, group_norm, shape_list
 
 
 def fpn(features, *, channels, norm):
-    """Top-down pathway with lateral connections, and a coarser level on top for the proposals.
+    """Builds the top-down pathway with lateral connections, and a coarser level on top for the proposals.
 
     Args:
         features: [c2, c3, c4, c5], each [N, H / stride, W / stride, C] of strides 4 to 32; H and W multiples of 32
@@ -35,10 +35,10 @@ def fpn(features, *, channels, norm):
 
 @tf.custom_gradient
 def _add_upsampled(fine, coarse):
-    """`fine` [N, 2 H, 2 W, C] + `coarse` [N, H, W, C] enlarged twice, without making the enlarged map."""
+    """Returns `fine` [N, 2 H, 2 W, C] + `coarse` [N, H, W, C] upsampled by two, without storing the upsampled map."""
 
     def gradient(dy):
-        return dy, 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")  # the sum of each window; reduce_sum takes longer
+        return dy, 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")  # the sum of each window, faster than reduce_sum
 
     n, height, width, channels = shape_list(coarse)
     windows = tf.reshape(fine, [n, height, 2, width, 2, channels])

@@ -2,22 +2,21 @@
 
 Every layer takes its variable scope first: `conv2d("conv0", x, 64, 7)`. Variable names are those of the published
 checkpoints (`W`, `b`, `gamma`, `beta`, `mean/EMA`, `variance/EMA`). Variables are float32; a layer computes in the
-dtype of its input `x`, so the precision of the network is decided where the image enters it.
+dtype of its input `x`, so the dtype of the image determines the precision of the network.
 
-Shapes: N images, H height, W width, C channels. Tensors are NHWC.
+Shapes: N images, R RoIs, H height, W width, C channels. Tensors are NHWC.
 """
 
-import re
-import sys
-import zlib
+import contextlib
 
 import tensorflow as tf
 from tensorpack.models import layer_register
-from tensorpack.tfutils.tower import get_current_tower_context
+
+from .sync_bn import joined_moments
 
 tfv1 = tf.compat.v1
 
-BAND = 8  # rows that the gradient of a large map's kernel takes at a time: p2 has a multiple of them
+BAND = 8  # rows of a band in `_gradient_in_bands`; the height of p2 is a multiple of it
 NORM_EPSILON = 1e-5
 EMA_DECAY = 0.9  # of SyncBN's statistics
 NORM_SCOPES = {"FreezeBN": "bn", "SyncBN": "bn", "GN": "gn"}
@@ -26,35 +25,45 @@ HE_FAN_OUT = tfv1.variance_scaling_initializer(2.0, mode="fan_out", distribution
 FAN_IN = tfv1.variance_scaling_initializer(1.0, mode="fan_in", distribution="untruncated_normal")
 
 
+@contextlib.contextmanager
+def collect_variables(collection):
+    """Adds the global variables that the block or decorated function creates to a collection of the graph."""
+    before = {variable.ref() for variable in tfv1.global_variables()}
+    yield
+    for variable in tfv1.global_variables():
+        if variable.ref() not in before:
+            tfv1.add_to_collection(collection, variable)
+
+
 def normal_initializer(stddev):
-    """Initial values from a normal distribution of mean 0."""
+    """Returns an initializer that draws from a normal distribution of mean 0."""
     return tfv1.random_normal_initializer(stddev=stddev)
 
 
 def shape_list(x):
-    """The shape of `x` as a list: Python integers where they are known, scalar int32 tensors where not."""
+    """Returns the shape of `x` as a list: Python integers for static dimensions, scalar int32 tensors for others."""
     dynamic = tf.shape(x)
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape.as_list())]
 
 
 def explicit_padding(before, after):
-    """The padding argument of a convolution or pooling: `before` pixels top and left, `after` bottom and right."""
+    """Returns the padding of a convolution or pooling: `before` pixels at top and left, `after` at bottom and right."""
     return [[0, 0], [before, after], [before, after], [0, 0]]
 
 
 @tf.custom_gradient
 def add(x, y):
-    """The sum of two tensors of the same shape.
+    """Adds two tensors of the same shape.
 
-    TensorFlow fuses a convolution with the sum only if nothing else reads its output; the gradient of `+` asks for its
+    TensorFlow fuses a convolution with the sum only if no other op reads its output; the gradient of `+` reads its
     shape.
     """
     return x + y, lambda gradient: (gradient, gradient)
 
 
 def _convolve(x, kernel, bias, *, stride, padding, activation):
-    """Convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
-    if not isinstance(padding, str):  # oneDNN has no gradient with it, and Eigen's takes ten times as long
+    """Applies convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
+    if not isinstance(padding, str):  # oneDNN has no gradient for explicit padding; Eigen's takes ten times as long
         x, padding = tf.pad(x, padding), "VALID"
     convolution = tf.nn.conv2d if kernel.shape[2] == x.shape[-1] else _grouped_conv2d
     y = convolution(x, tf.cast(kernel, x.dtype), strides=stride, padding=padding)
@@ -64,9 +73,10 @@ def _convolve(x, kernel, bias, *, stride, padding, activation):
 
 
 def _grouped_conv2d(x, kernel, *, strides, padding):
-    """Convolution in groups of channels (ResNeXt); with a gradient on CPUs, too, where TensorFlow has none.
+    """Convolves in groups of channels (ResNeXt), with a gradient on CPUs as well, where TensorFlow has none.
 
-    There the gradient is that of the ordinary convolution with a block-diagonal kernel: more arithmetic than needed.
+    On CPUs the gradient is that of the ordinary convolution with a block-diagonal kernel: more arithmetic than
+    necessary.
 
     Args:
         x: [N, H, W, C]. kernel: [K, K, I, channels], for C / I groups.
@@ -86,7 +96,7 @@ def _grouped_conv2d(x, kernel, *, strides, padding):
 
 
 def _block_diagonal(kernel, groups):
-    """An ordinary convolution's kernel that does what one in groups does: [K, K, I, D] -> [K, K, groups * I, D]."""
+    """Converts the kernel of grouped convolution to an ordinary one: [K, K, I, D] -> [K, K, groups * I, D]."""
     height, width, inputs, channels = kernel.shape
     of_group = tf.reshape(kernel, [height, width, 1, inputs, groups, channels // groups])
     blocks = of_group * tf.eye(groups, dtype=kernel.dtype)[:, None, :, None]
@@ -95,8 +105,10 @@ def _block_diagonal(kernel, groups):
 
 @tf.RegisterGradient("Conv2DOfLargeMap")
 def _gradient_in_bands(op, dy):
-    """Conv2D's, for a 3x3 kernel, stride 1, "SAME" and a multiple of BAND rows. That of the kernel is summed over bands
-    of rows: in bfloat16, oneDNN takes 1.5 times as long for a map of 200x304 as for its bands, copies included.
+    """Computes Conv2D's gradient for a 3x3 kernel, stride 1, "SAME" padding and a multiple of BAND rows.
+
+    It sums the kernel's gradient over bands of rows: in bfloat16, oneDNN takes 1.5 times as long for a map of 200x304
+    as for its bands, copies included.
     """
     x, kernel = op.inputs
     strides = [1, 1, 1, 1]
@@ -104,7 +116,7 @@ def _gradient_in_bands(op, dy):
         input_sizes=tf.shape(x), filter=kernel, out_backprop=dy, strides=strides, padding="SAME"
     )
     _, height, width, channels = shape_list(x)
-    rows = tf.range(0, height, BAND)[:, None] + tf.range(BAND + 2)  # each band with a neighbour above and below
+    rows = tf.range(0, height, BAND)[:, None] + tf.range(BAND + 2)  # each band with one more row above and below
     bands = tf.gather(tf.pad(x, explicit_padding(1, 1)), rows, axis=1)
     dkernel = tf.raw_ops.Conv2DBackpropFilter(
         input=tf.reshape(bands, [-1, BAND + 2, width + 2, channels]),
@@ -118,14 +130,14 @@ def _gradient_in_bands(op, dy):
 
 @layer_register(use_scope=True)
 def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=None, is_large=False):
-    """Stride-1 convolution with bias.
+    """Applies a convolution of stride 1 with bias.
 
     Args:
-        x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts with 0.
+        x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts at 0.
         padding: "SAME" or "VALID"
-        is_large: whether the map has many rows, a multiple of BAND; for 3x3 kernels and "SAME"
+        is_large: the map has many rows, a multiple of BAND; allowed with 3x3 kernels and "SAME" padding
     Returns:
-        [N, H, W, channels], dtype of `x`; smaller than it with "VALID" padding
+        [N, H, W, channels], dtype of `x`; smaller than `x` with "VALID" padding
     """
     kernel = tfv1.get_variable("W", [kernel_size, kernel_size, x.shape[-1], channels], initializer=initializer)
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
@@ -149,15 +161,16 @@ def conv2d_norm(
     gamma=1.0,
     freeze=(),
 ):
-    """Convolution without bias, normalised: a backbone's layer.
+    """Applies a convolution without bias and a norm: the layer of backbones.
 
-    Frozen batch norm is folded into the kernel and a bias, in training too, so that convolution, bias and activation
-    stay one fused kernel forward and no batch-norm gradient is left backward; gamma and beta receive the same gradient.
+    Frozen batch norm is folded into the kernel and a bias, in training as well: convolution, bias and activation remain
+    one fused kernel, and there is no gradient of a batch norm to compute; gamma and beta receive the same gradient.
 
     Args:
         x: [N, H, W, C]. norm: "FreezeBN", "SyncBN", "GN" or "None". epsilon: added to a variance.
-        groups: of channels, each convolved with its own. gamma: initial value of the norm's scale.
-        freeze: which variables get no gradient and, with SyncBN, keep their statistics: a set of "W" and "affine".
+        groups: of channels, convolved separately. gamma: initial value of the norm's scale.
+        freeze: a set of "W" (the kernel) and "affine" (gamma and beta): these get no gradient. With "W", SyncBN also
+            keeps its statistics.
     Returns:
         [N, H', W', channels], dtype of `x`
     """
@@ -177,21 +190,21 @@ def conv2d_norm(
 
 
 def _affine(channels, *, gamma, trainable):
-    """The variables gamma and beta, float32 [channels]."""
+    """Returns the variables gamma and beta, float32 [channels]."""
     scale = tfv1.get_variable("gamma", [channels], initializer=tf.constant_initializer(gamma), trainable=trainable)
     shift = tfv1.get_variable("beta", [channels], initializer=tf.zeros_initializer(), trainable=trainable)
     return scale, shift
 
 
 def _batch_statistics(channels):
-    """The variables that hold a batch norm's stored mean and variance, float32 [channels]."""
+    """Returns the variables of a batch norm's stored mean and variance, float32 [channels]."""
     mean = tfv1.get_variable("mean/EMA", [channels], initializer=tf.zeros_initializer(), trainable=False)
     variance = tfv1.get_variable("variance/EMA", [channels], initializer=tf.ones_initializer(), trainable=False)
     return mean, variance
 
 
 def _frozen_batch_norm(channels, *, epsilon, gamma, trainable):
-    """Batch norm with stored statistics as (scale, bias), float32 [channels]: y = x * scale + bias."""
+    """Returns a batch norm with stored statistics as (scale, bias), float32 [channels]: y = x * scale + bias."""
     gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
     mean, variance = _batch_statistics(channels)
     scale = gamma * tf.math.rsqrt(variance + epsilon)
@@ -200,12 +213,12 @@ def _frozen_batch_norm(channels, *, epsilon, gamma, trainable):
 
 @layer_register(use_scope=True)
 def group_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
-    """Group Normalization (Wu and He 2018, eq. 1 and 7) with 32 groups of adjacent channels.
+    """Applies Group Normalization (arXiv:1803.08494, eq. 1 and 7) with 32 groups of adjacent channels.
 
     Layers of fewer than 64 channels, which no published model has, get groups of two channels.
 
     Args:
-        x: [N, H, W, C]. Statistics are taken over H, W and the channels of a group, in float32.
+        x: [N, H, W, C]. Statistics are computed over H, W and the channels of a group, in float32.
     Returns:
         [N, H, W, C], dtype of `x`
     """
@@ -224,10 +237,10 @@ def group_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
 
 @layer_register(use_scope=True)
 def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
-    """Batch normalisation with the statistics of this step (training only), which it also averages for inference.
+    """Applies batch normalisation with the statistics of this step (training only) and averages them for inference.
 
-    The statistics are those of all replicas' batches together, whatever their sizes. The biased variance goes into the
-    output and into the moving average, as in the reference.
+    The statistics cover the batches of all replicas together, whatever their sizes. The biased variance is used both
+    for the output and for the moving average, as in the reference.
 
     Args:
         x: [N, H, W, C]
@@ -237,7 +250,7 @@ def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
     channels = x.shape[-1]
     gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
     averages = _batch_statistics(channels)
-    moments = _joined_moments(*tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2]), tf.size(x) / channels, averages[0])
+    moments = joined_moments(*tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2]), tf.size(x) / channels, averages[0])
     for average, moment in zip(averages, moments):
         update = tfv1.assign_sub(average, (1 - EMA_DECAY) * (average - moment))
         tfv1.add_to_collection(tfv1.GraphKeys.UPDATE_OPS, update)
@@ -246,75 +259,12 @@ def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
     return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
 
 
-def _joined_moments(mean, variance, count, shift):
-    """Mean and variance of all replicas' values, from those of each: float32 [C], [C].
-
-    Args:
-        mean, variance: float32 [C], of this replica's `count` values per channel
-        shift: float32 [C], near the mean and equal on all replicas: sums of squares about it don't cancel out
-    """
-    towers, ranks = _num_towers(), _num_ranks()
-    if towers * ranks == 1:
-        return mean, variance
-    channels, count, offset = mean.shape[0], tf.cast(count, tf.float32), mean - shift
-    sums = tf.concat([count * offset, count * (variance + tf.square(offset)), [count]], axis=0)
-    sums = _sum_over_ranks(sums) if ranks > 1 else _sum_over_towers(sums, towers)
-    offset, squares = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
-    return shift + offset, tf.maximum(squares - tf.square(offset), 0.0)
-
-
-def _num_towers():
-    """Towers of this process that are trained together."""
-    context = get_current_tower_context()
-    return context.total if context is not None and context.is_training else 1
-
-
-def _num_ranks():
-    """Processes that are trained together: Horovod's, where it was started."""
-    hvd = sys.modules.get("horovod.tensorflow")
-    return hvd.size() if hvd is not None and hvd.is_initialized() else 1
-
-
-def _sum_over_ranks(x):
-    """The sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
-    return sys.modules["horovod.tensorflow"].allreduce(x, op=sys.modules["horovod.tensorflow"].Sum)
-
-
-def _sum_over_towers(x, towers):
-    """The sum of a tensor over all towers; its gradient is the sum of the towers' gradients.
-
-    Every tower must call it in name scopes that differ in the first part only, "tower0" and so on: that is how the ops
-    find each other. Without GPUs, the session needs a CPU device for each tower.
-    """
-    tower, _, scope = tfv1.get_default_graph().get_name_scope().partition("/")
-    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-
-    def reduce(x, name):
-        with tf.device(f"/{kind}:{re.sub('[^0-9]', '', tower)}"):
-            return tf.raw_ops.CollectiveReduce(
-                input=x,
-                group_size=towers,
-                group_key=1,
-                instance_key=zlib.crc32(name.encode()) & 0x7FFFFFFF,
-                merge_op="Add",
-                final_op="Id",
-                subdiv_offsets=[0],
-                communication_hint="ring",  # the other, NCCL, has had wrong sums: tensorflow#41539
-            )
-
-    @tf.custom_gradient
-    def summed(x):
-        return reduce(x, scope), lambda gradient: reduce(gradient, f"{scope}/gradient")
-
-    return summed(x)
-
-
 def conv2d_of_head(name, norm_name, x, channels, *, norm, norm_first=False):
-    """A 3x3 convolution with ReLU of a box or mask head, [R, H, W, C] -> [R, H, W, channels].
+    """Applies a 3x3 convolution with ReLU of a box or mask head: [R, H, W, C] -> [R, H, W, channels].
 
     Args:
-        name, norm_name: variable scopes. norm: "None" or "GN", which comes after the ReLU, as in the published models,
-            or before it.
+        name, norm_name: variable scopes. norm: "None" or "GN".
+        norm_first: put the norm before the ReLU; the published models have it after
     """
     relu_last = norm == "GN" and norm_first
     x = conv2d(name, x, channels, 3, initializer=HE_FAN_OUT, activation=None if relu_last else tf.nn.relu)
@@ -328,17 +278,17 @@ NORMS = {"GN": group_norm, "SyncBN": batch_norm}
 
 @layer_register(use_scope=True)
 def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
-    """x @ W + b. A feature map is flattened as channel, row, column: the order of the published weights.
+    """Computes x @ W + b. A feature map is flattened as channel, row, column, the order of the published weights.
 
     Args:
-        x: [R, C], or [R, H, W, C] with known H, W, C
+        x: [R, C], or [R, H, W, C] with static H, W, C
     Returns:
         [R, channels], dtype of `x`
     """
     inputs = x.shape[1:].num_elements()
     kernel = tfv1.get_variable("W", [inputs, channels], initializer=initializer)
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    if x.shape.rank == 4:  # permuting the weights is as dear as permuting the RoIs, but free in an export
+    if x.shape.rank == 4:  # permuting the weights costs as much as permuting the RoIs, but nothing in an export
         _, height, width, depth = x.shape
         kernel = tf.reshape(kernel, [depth, height, width, channels])
         kernel = tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [inputs, channels])
@@ -349,9 +299,10 @@ def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
 
 @layer_register(use_scope=True)
 def deconv2x2(x, channels, *, initializer, activation=None):
-    """Transposed convolution with a 2x2 kernel and stride 2: twice the size, every output from one input pixel.
+    """Applies a transposed convolution with a 2x2 kernel and stride 2: each input pixel gives a window of 2x2 outputs.
 
-    Written as one matrix product, for windows don't overlap. What works on single pixels can come before joining.
+    The windows do not overlap, so the layer is one matrix product. `join_windows` arranges them to a map; per-pixel
+    operations may come before it.
 
     Args:
         x: [R, H, W, C]
@@ -367,17 +318,17 @@ def deconv2x2(x, channels, *, initializer, activation=None):
 
 
 def join_windows(windows):
-    """[R, H, W, 2, 2] -> [R, 2 H, 2 W]"""
+    """Arranges windows [R, H, W, 2, 2] to maps [R, 2 H, 2 W]."""
     r, height, width, *_ = shape_list(windows)
     return tf.reshape(tf.transpose(windows, [0, 1, 3, 2, 4]), [r, 2 * height, 2 * width])
 
 
 @layer_register(use_scope=True)
 def channel_of_conv1x1(x, index, channels, *, initializer):
-    """One output channel for each item of a 1x1 convolution with bias, without computing the others.
+    """Computes one output channel per item of a 1x1 convolution with bias, without computing the others.
 
     Args:
-        x: [R, ..., C]. index: integer [R] in 0..channels - 1. channels: that the convolution has.
+        x: [R, ..., C]. index: integer [R] in 0..channels - 1. channels: number of outputs of the convolution.
     Returns:
         float32 [R, ...]
     """
@@ -386,8 +337,8 @@ def channel_of_conv1x1(x, index, channels, *, initializer):
     bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
     shape = shape_list(x)[:-1]
     x = tf.reshape(x, [shape[0], -1, depth])
-    # In float32, in which the gradients add up. Not along axis 0 of the variables: their gradients would be sparse, and
-    # a sparse one leaves the momentum of the other channels as it is.
+    # Gathered in float32, in which gradients accumulate, and not along axis 0 of the variables: a gradient would be
+    # sparse, and a sparse gradient does not update the momentum of the other channels.
     own_kernel, own_bias = (tf.gather(tf.reshape(v, [-1, channels]), index, axis=1) for v in (kernel, bias))
     own_kernel = tf.cast(tf.transpose(own_kernel), x.dtype)[:, None]
     y = tf.matmul(own_kernel, x, transpose_b=True)[:, 0]

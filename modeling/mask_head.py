@@ -1,11 +1,13 @@
-"""The mask branch, Mask R-CNN (arXiv:1703.06870).
+"""The mask head of Mask R-CNN (arXiv:1703.06870).
 
-Shapes: N images, G ground truths, F foreground RoIs or detections of all images, C classes, M mask resolution, H and W
-of the padded image.
+Shapes: N images, G ground truths, F foreground RoIs or detections of all images, C classes, M mask resolution, D
+channels, H and W of the padded image.
 """
 
 import tensorflow as tf
 from tensorpack.compat import tfv1
+
+from common.registry import Registry
 
 from .layers import (
     HE_FAN_OUT,
@@ -17,16 +19,17 @@ from .layers import (
     shape_list,
 )
 
-# FPN.MRCNN_HEAD_FUNC -> norm of its convolutions
-HEADS = {"maskrcnn_up4conv_head": "None", "maskrcnn_up4conv_gn_head": "GN"}
+HEADS = Registry("FPN.MRCNN_HEAD_FUNC")  # values: the norm of the head's convolutions
+HEADS.register("maskrcnn_up4conv_head", "None")
+HEADS.register("maskrcnn_up4conv_gn_head", "GN")
 
 
 def mask_head(features, labels, *, num_convs, channels, num_classes, norm, norm_first=False):
-    """Convolutions, upsampling by two, and of the masks of all classes each RoI's own.
+    """Applies convolutions and upsampling by two, and predicts the mask of each RoI's own class.
 
     Args:
         features: [F, M / 2, M / 2, D]. labels: int64 [F] in 1..C. num_convs: 4 in FPN, 0 in C4.
-        norm, norm_first: see `conv2d_of_head`
+        channels: of the convolutions. num_classes: C, without background. norm, norm_first: see `conv2d_of_head`.
     Returns:
         logits float32 [F, M, M]
     """
@@ -41,13 +44,15 @@ def mask_head(features, labels, *, num_convs, channels, num_classes, norm, norm_
 
 
 def mask_targets(packed_masks, image_shape, image_index, gt_index, boxes, *, resolution):
-    """The ground truth masks, sampled bilinearly once at the centre of each cell of an RoI; 0 outside the image.
+    """Samples the ground truth masks bilinearly, once at the centre of each cell of an RoI; 0 outside the image.
 
-    Reads the four neighbouring bits of each sample from the packed masks, so that no full-size mask is made.
+    Reads the four neighbouring bits of each sample from the packed masks, without unpacking whole masks.
 
     Args:
         packed_masks: uint8 [N, G, H, ceil(W / 8)], most significant bit first. image_shape: int32 [N, 2].
-        image_index, gt_index: int32 [F], which mask. boxes: float32 [F, 4] in pixels of the image.
+        image_index, gt_index: int32 [F], image and ground truth of each RoI. boxes: float32 [F, 4] in pixels of the
+            image.
+        resolution: M
     Returns:
         float32 [F, M, M] in [0, 1]
     """
@@ -55,21 +60,21 @@ def mask_targets(packed_masks, image_shape, image_index, gt_index, boxes, *, res
     height, width = tf.split(tf.gather(image_shape, image_index), 2, axis=1)
     rows, row_shares = _linear_samples(y1, y2, height, resolution)
     columns, column_shares = _linear_samples(x1, x2, width, resolution)
-    which = tf.stack([image_index, gt_index], axis=1)
+    mask_index = tf.stack([image_index, gt_index], axis=1)
     total = 0.0
     for row, row_share in zip(rows, row_shares):
         for column, column_share in zip(columns, column_shares):
-            bits = _read_bits(packed_masks, which, row, column)
+            bits = _read_bits(packed_masks, mask_index, row, column)
             total += bits * row_share[:, :, None] * column_share[:, None, :]
     return total
 
 
 def _linear_samples(low, high, size, resolution):
-    """Where to sample one axis at the centres of `resolution` cells between `low` and `high`, each [F, 1].
+    """Locates samples on one axis, at the centres of `resolution` cells between `low` and `high`, each [F, 1].
 
     Returns:
-        (left, right): int32 [F, M] neighbours, and their float32 [F, M] shares, 0 for samples beyond the outer pixel
-        centres of an axis of `size` pixels
+        (left, right): int32 [F, M] neighbouring pixels; and their float32 [F, M] weights, 0 for samples beyond the
+            outer pixel centres of an axis of `size` pixels
     """
     cell = (tf.range(resolution, dtype=tf.float32) + 0.5) / resolution
     position = low + (high - low) * cell - 0.5  # pixel centres lie at + 0.5
@@ -81,24 +86,29 @@ def _linear_samples(low, high, size, resolution):
     return (tf.cast(left, tf.int32), tf.cast(right, tf.int32)), ((1 - share) * is_inside, share * is_inside)
 
 
-def _read_bits(packed_masks, which, row, column):
-    """Pixels of packed masks: uint8 [N, G, H, W / 8], which [F, 2], row [F, M], column [F, M] -> float32 [F, M, M]."""
+def _read_bits(packed_masks, mask_index, row, column):
+    """Reads pixels of packed masks as float32 [F, M, M].
+
+    Args:
+        packed_masks: uint8 [N, G, H, W / 8]. mask_index: int32 [F, 2], image and ground truth.
+        row, column: int32 [F, M]
+    """
     f, resolution = shape_list(row)
     shape = [f, resolution, resolution]
-    place = [which[:, 0, None, None], which[:, 1, None, None], row[:, :, None], column[:, None, :] // 8]
+    place = [mask_index[:, 0, None, None], mask_index[:, 1, None, None], row[:, :, None], column[:, None, :] // 8]
     octets = tf.gather_nd(packed_masks, tf.stack([tf.broadcast_to(i, shape) for i in place], axis=-1))
     weight = tf.bitwise.left_shift(1, 7 - column % 8)[:, None, :]
     return tf.cast(tf.bitwise.bitwise_and(tf.cast(octets, tf.int32), weight) > 0, tf.float32)
 
 
 def mask_loss(logits, targets, image_index, is_real, *, num_images):
-    """Cross-entropy with the masks of the ground truth's class.
+    """Computes the cross-entropy with the masks of the ground truth's class (Mask R-CNN, sec. 3).
 
     Args:
         logits: float32 [F, M, M], of the RoI's class. targets: float32 [F, M, M]. image_index: int32 [F].
-        is_real: bool [F], what is not takes no part
+        is_real: bool [F]; other entries contribute nothing
     Returns:
-        scalar: the mean over an image's RoIs and pixels (0 where it has none), then over images
+        float32 scalar: the mean over an image's RoIs and pixels (0 if it has no RoIs), then over images
     """
     losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=logits)
     of_roi = tf.where(is_real, tf.reduce_mean(losses, axis=[1, 2]), 0.0)
@@ -108,7 +118,7 @@ def mask_loss(logits, targets, image_index, is_real, *, num_images):
 
 
 def mask_metrics(logits, targets):
-    """How the masks stand: dict of scalars, for summaries only."""
+    """Returns how well the masks agree with their targets: a dict of scalars, for summaries only."""
     predicted, actual = logits > 0, targets > 0.5
     right = tf.reduce_sum(tf.cast(tf.equal(predicted, actual), tf.float32))
     overlap = tf.reduce_sum(tf.cast(predicted & actual, tf.float32))

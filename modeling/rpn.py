@@ -1,6 +1,7 @@
-"""Region Proposal Network, arXiv:1506.01497, over a list of levels; C4 has one level, FPN five.
+"""Region Proposal Network, arXiv:1506.01497, over a list of levels: one in C4, five in FPN.
 
-Shapes: N images, H and W of a level's map, K anchors per cell, A anchors of a level or of all levels, G ground truths.
+Shapes: N images, H and W of a level's map, K anchors per cell, A anchors of a level or of all levels, G ground truths,
+S sampled anchors per image, P proposals per image.
 anchors: float32 [A, 4] x1 y1 x2 y2 in pixels of the padded image, the same for all images, ordered row, column, kind.
 labels of anchors: foreground, background, or neither (ignored). logits: objectness, before the sigmoid.
 deltas: see `box_ops`, with weights of 1.
@@ -15,8 +16,8 @@ from tensorpack.compat import tfv1
 from . import box_ops
 from .layers import conv2d, normal_initializer, shape_list
 
-MAX_CELLS = 2**12  # per side of a map; so that 32 bits tell the anchors of five levels apart
-LOWEST = float(tf.float32.min)  # the logit of what is no candidate
+MAX_CELLS = 2**12  # limit per side of a map, for which 32 bits identify the anchors of five levels
+LOWEST = float(tf.float32.min)  # logit of boxes that are not candidates
 HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
 
 
@@ -24,8 +25,8 @@ class Anchors(NamedTuple):
     """The anchors of one level, or of all levels joined."""
 
     boxes: tf.Tensor  # float32 [A, 4]
-    identity: tf.Tensor  # int64 [A]: who an anchor is, whatever the size of the map
-    is_valid: tf.Tensor  # bool [N, A]: its cell belongs to the image, not to the padding of the batch
+    identity: tf.Tensor  # int64 [A], identifies an anchor independently of the map's size
+    is_valid: tf.Tensor  # bool [N, A], the cell belongs to the image, not to the padding of the batch
 
 
 class Proposals(NamedTuple):
@@ -37,11 +38,11 @@ class Proposals(NamedTuple):
 
 
 def rpn_head(features, *, channels, num_anchors, padding="SAME"):
-    """The head, shared by all levels.
+    """Applies the head, which all levels share.
 
     Args:
-        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of its
-            first convolution; "VALID" takes away one cell on each side.
+        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of the first
+            convolution; "VALID" removes one cell on each side.
     Returns:
         logits: list of float32 [N, A]; deltas: list of float32 [N, A, 4]
     """
@@ -59,10 +60,10 @@ def rpn_head(features, *, channels, num_anchors, padding="SAME"):
 
 
 def rpn_head_at(features, index, *, channels, num_anchors):
-    """What `rpn_head` says of some anchors, computed again from the 3x3 cells around each.
+    """Computes the outputs of `rpn_head` for selected anchors from the 3x3 cells around each.
 
-    A loss wants a few hundred of an image's 240,000 anchors. Through the whole maps its gradient, nearly all zeros,
-    would take an eighth of a training step's arithmetic; from here it takes next to none.
+    A loss uses a few hundred of an image's 240,000 anchors. Its gradient through whole maps, nearly all zeros, would
+    take an eighth of a training step's arithmetic; from these cells it takes next to none.
 
     Args:
         features: list of [N, H, W, C]. index: int32 [N, S], into the anchors of all levels joined.
@@ -78,7 +79,7 @@ def rpn_head_at(features, index, *, channels, num_anchors):
 
 
 def _patches(features, cell):
-    """The 3x3 cells around each of some cells, zero outside their map.
+    """Returns the 3x3 cells around each of the given cells, zero outside their map.
 
     Args:
         features: list of [N, H, W, C]. cell: int32 [N, S], counted over all levels.
@@ -93,20 +94,20 @@ def _patches(features, cell):
         of_level = ((cell >= 0) & (cell < height * width))[:, :, None, None]
         inside = of_level & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         place = tf.where(inside, rows * width + columns, 0)
-        found = tf.gather(tf.reshape(x, [n, height * width, channels]), place, batch_dims=1)
-        of_levels.append(tf.where(inside[..., None], found, tf.zeros([], x.dtype)))
+        cells = tf.gather(tf.reshape(x, [n, height * width, channels]), place, batch_dims=1)
+        of_levels.append(tf.where(inside[..., None], cells, tf.zeros([], x.dtype)))
         cell -= height * width
     return tf.add_n(of_levels)
 
 
 def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
-    """Anchors of one level.
+    """Returns the Anchors of one level.
 
     Args:
         feature_map: [N, H, W, C], for its size
-        valid_cells: int32 [N, 2], rows and columns of each image that are not the batch's padding
-        stride: pixels per cell, an integer or int32 [4] for x y x y. base_anchors: float32 [K, 4] NumPy, centred on
-            (0, 0). level: its index.
+        valid_cells: int32 [N, 2], rows and columns of each image that are not padding of the batch
+        stride: pixels per cell, an integer or int32 [4] for x y x y
+        base_anchors: NumPy float32 [K, 4], centred on (0, 0). level: index of the level.
     """
     _, height, width, _ = shape_list(feature_map)
     kinds = len(base_anchors)
@@ -122,28 +123,32 @@ def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
 
 
 def join_anchors(anchors):
-    """All levels as one."""
+    """Joins the Anchors of all levels into one."""
     boxes, identity = (tf.concat([getattr(level, name) for level in anchors], axis=0) for name in ("boxes", "identity"))
     return Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))
 
 
 class AnchorTargets(NamedTuple):
-    """What each anchor should become."""
+    """The label of each anchor, and its ground truth."""
 
     is_foreground: tf.Tensor  # bool [N, A]
     is_background: tf.Tensor  # bool [N, A]
-    gt_index: tf.Tensor  # int32 [N, A], the ground truth of highest overlap, the first one on ties
+    gt_index: tf.Tensor  # int32 [N, A], the ground truth with the highest IoU, the first one on ties
 
 
 def anchor_targets(
     anchors, is_valid, image_shape, gt_boxes, gt_labels, *, foreground_iou, background_iou, crowd_overlap
 ):
-    """Label anchors. Only those entirely inside the image take part (arXiv:1506.01497 sec. 3.1.2).
+    """Labels anchors. Only those entirely inside the image take part (arXiv:1506.01497 sec. 3.1.2).
 
     Args:
         anchors: float32 [A, 4]. is_valid: bool [N, A]. image_shape: int32 [N, 2].
         gt_boxes: float32 [N, G, 4], G >= 1. gt_labels: int64 [N, G], 0 = padding, -1 = crowd region.
-        crowd_overlap: anchors covered by a crowd region to a larger share than this are ignored; >= 1 switches it off
+        foreground_iou, background_iou: anchors are foreground at or above the first, background below the second; an
+            object's best anchors are foreground, too, unless they are background
+        crowd_overlap: anchors with a larger share inside a crowd region are ignored; >= 1 disables this
+    Returns:
+        AnchorTargets
     """
     candidate = is_valid & _is_inside(anchors, image_shape)
     is_object = gt_labels > 0
@@ -152,7 +157,7 @@ def anchor_targets(
     best_iou = tf.reduce_max(iou, axis=2)
     best_of_gt = tf.reduce_max(iou, axis=1, keepdims=True)
     is_best = tf.reduce_any(tf.equal(iou, best_of_gt) & usable, axis=2)
-    # In this order: an object's best anchor is foreground only if it is not background.
+    # Background takes precedence: an object's best anchor may still be below `background_iou`.
     is_background = candidate & (best_iou < background_iou)
     is_foreground = candidate & (is_best | (best_iou >= foreground_iou)) & ~is_background
     if crowd_overlap < 1:
@@ -173,17 +178,17 @@ def _is_covered_by_crowd(anchors, gt_boxes, gt_labels, crowd_overlap):
 
 
 def rpn_losses(logits, deltas, anchors, gt_index, gt_boxes, picked, *, batch_per_image):
-    """Losses on a sample of S anchors per image, of all levels together; the mean over images.
+    """Computes the losses on a sample of S anchors per image, of all levels together; the mean over images.
 
     Args:
         logits: float32 [N, S]. deltas: float32 [N, S, 4]. anchors: float32 [A, 4]. gt_index: int32 [N, A].
-        gt_boxes: float32 [N, G, 4]. picked: Sample. batch_per_image: its intended size.
+        gt_boxes: float32 [N, G, 4]. picked: box_ops.Sample. batch_per_image: its intended size.
     Returns:
         dict of scalars, each a sum over the sample / `batch_per_image`
     """
     labels = tf.cast(picked.is_foreground, tf.float32)
     label_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
-    # Slots that are not foreground stand in with a pair of equal boxes, whose loss is then left out.
+    # Slots that are not foreground get two equal boxes, which keep the logarithm finite; their loss is dropped below.
     matched = tf.gather(gt_boxes, tf.gather(gt_index, picked.index, batch_dims=1), batch_dims=1)
     picked_anchors = tf.gather(anchors, picked.index)
     matched = tf.where(picked.is_foreground[..., None], matched, picked_anchors)
@@ -197,14 +202,14 @@ def rpn_losses(logits, deltas, anchors, gt_index, gt_boxes, picked, *, batch_per
 
 
 def huber(x, delta):
-    """x^2 / 2 near 0, delta * (|x| - delta / 2) beyond `delta` (Huber 1964)."""
+    """Returns x^2 / 2 for |x| <= `delta`, delta * (|x| - delta / 2) beyond (Huber 1964)."""
     magnitude = tf.abs(x)
     bounded = tf.minimum(magnitude, delta)
     return bounded * (magnitude - 0.5 * bounded)
 
 
 def rpn_metrics(logits, picked):
-    """How the objectness of the sampled anchors, logits [N, S], stands: dict of scalars, for summaries only."""
+    """Returns how well the sampled anchors, logits [N, S], are classified: a dict of scalars, for summaries only."""
     positive = logits > 0.0
     correct = tf.equal(positive, picked.is_foreground) & picked.is_valid
     found = positive & picked.is_foreground
@@ -218,13 +223,14 @@ def rpn_metrics(logits, picked):
 def propose(
     logits, deltas, anchors, image_shape, *, pre_nms_topk, post_nms_topk, nms_threshold, min_size, max_log_size
 ):
-    """Decode, clip, filter, suppress and rank: the proposals of each image.
+    """Decodes, clips, filters, suppresses and ranks boxes: the proposals of each image.
 
     Args:
-        logits, deltas: lists of [N, A], [N, A, 4], one entry per group in which boxes compete in NMS (a level, or all
-            levels joined). anchors: list of Anchors, alike. image_shape: int32 [N, 2].
-        pre_nms_topk: candidates per group. post_nms_topk: kept per group and, over all groups, in the end.
-        max_log_size: see `box_ops.decode`
+        logits, deltas, anchors: lists of [N, A], [N, A, 4] and Anchors, one entry per group in which boxes compete in
+            NMS (a level, or all levels joined)
+        image_shape: int32 [N, 2]. pre_nms_topk: candidates per group.
+        post_nms_topk: boxes kept per group by NMS, and kept at the end over all groups
+        nms_threshold: IoU. min_size: pixels, see `box_ops.is_nonempty`. max_log_size: see `box_ops.decode`.
     Returns:
         Proposals, P = `post_nms_topk`, or groups * the largest group's candidates if that is less
     """
@@ -242,7 +248,7 @@ def propose(
 
 
 def _suppress_and_rank(boxes, logits, *, nms_threshold, keep):
-    """NMS within each group, one problem per image and group, then the best over all groups."""
+    """Applies NMS within each group, one problem per image and group, and selects the best over all groups."""
     size = tf.reduce_max(tf.stack([tf.shape(x)[1] for x in logits]))
     fill = [size - tf.shape(x)[1] for x in logits]
     boxes = tf.stack([tf.pad(x, [[0, 0], [0, f], [0, 0]]) for x, f in zip(boxes, fill)], axis=1)
@@ -260,13 +266,13 @@ def _suppress_and_rank(boxes, logits, *, nms_threshold, keep):
 
 
 def _suppress(boxes, logits, *, nms_threshold, keep):
-    """NMS of boxes [B, A, 4] in the order that they are in, best first, which serves as their score.
+    """Applies NMS to boxes [B, A, 4] that are sorted, best first; their order serves as score.
 
     Returns:
         index int32 [B, keep] into A, and is_valid bool [B, keep]
     """
     size = tf.shape(logits)[1]
-    countdown = tf.cast(size - tf.range(size), tf.float32)  # exact, and above 0 as logits aren't
+    countdown = tf.cast(size - tf.range(size), tf.float32)  # exact in float32 and positive, unlike logits
     scores = tf.where(logits > LOWEST, countdown[None, :], box_ops.NO_SCORE)
     _, kept, _, is_valid = box_ops.batched_nms(
         boxes[:, :, None, :], scores[:, :, None], iou_threshold=nms_threshold, max_output=keep

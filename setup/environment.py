@@ -1,4 +1,4 @@
-"""Makes the virtual environment `.venv` of this checkout, brings it up to date or repairs it; silent where it is right.
+"""Creates, updates or repairs the virtual environment `.venv` of this checkout; prints nothing if it is up to date.
 
     python setup/environment.py [dev] [horovod]
 
@@ -7,9 +7,9 @@ requirements/: always common.txt with cpu.txt or gpu.txt (whether the machine ha
 dev.txt and web.txt (tests and linting) and Horovod, which setup/horovod_wheel.py builds. Only the standard library is
 used.
 
-What was installed is written to `.venv/.setup/`, as one digest for each group of packages. A file `unfinished` stands
-there while packages are being installed: who finds it knows that the last set-up was cut short, and starts anew,
-because pip takes a package whose files it had not finished writing for an installed one.
+`.venv/.setup/` records the installed packages, as one digest for each group. A file `unfinished` exists there while
+packages are being installed. A set-up that finds this file makes the environment anew: the previous one was
+interrupted, and pip considers a package installed whose files are incomplete.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ SIZES = {
     "cpu": "TensorFlow for the CPU and what it needs: about 400 MB to download, 1 to 5 minutes",
     "gpu": "TensorFlow for NVIDIA GPUs with its CUDA libraries: about 4 GB to download, 5 to 20 minutes",
 }
-# variables that would lead pip or Python away from the environment
+# variables that would direct pip or Python outside the environment
 # (make's own as well: a build started from a recipe must not look for that make's job server)
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")
 
@@ -47,12 +47,12 @@ def accelerator():
 
 
 def clean_environment():
-    """Returns a copy of os.environ without what would lead pip or Python away from the environment."""
+    """Returns a copy of os.environ without the variables UNWANTED."""
     return {key: value for key, value in os.environ.items() if key not in UNWANTED}
 
 
 class Environment:
-    """A virtual environment at `path` and what is known of its state; `kind` is "cpu" or "gpu"."""
+    """A virtual environment at `path` and its recorded state; `kind` is "cpu" or "gpu"."""
 
     def __init__(self, path, kind):
         self.path = Path(path)
@@ -64,7 +64,7 @@ class Environment:
 
     @contextlib.contextmanager
     def locked(self):
-        """Holds the environment against another set-up of the same checkout; refuses one that is not ours to change."""
+        """Locks the environment against other set-ups of this checkout; raises SetupError if another tool made it."""
         if self.path.is_dir() and any(self.path.iterdir()) and not self.state.is_dir():
             raise SetupError(f"{self.path} was not made by this set-up: move it away, then run make again")
         self.state.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,13 @@ class Environment:
             yield self
 
     def identity(self):
-        """Returns what `.setup/identity.json` says: path, python ("3.11") and kind; {} where it is absent or broken."""
+        """Returns the dict in `.setup/identity.json`: path, python ("3.11") and kind; {} if it is absent or broken."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self.identity_file.read_text())
         return {}
 
     def fault(self, wanted_python=None):
-        """Returns in words why the environment must be made anew, or None. `wanted_python`: "3.11", or None for any."""
+        """Returns why the environment must be made anew, a text, or None. `wanted_python`: "3.11", or None for any."""
         identity = self.identity()
         if not self.python.exists():
             return "it has no Python" if identity else "there is none yet"
@@ -95,7 +95,7 @@ class Environment:
         return None
 
     def create(self):
-        """Makes the environment with the running interpreter, in place of whatever a former set-up left there."""
+        """Makes the environment with the running interpreter; removes the remains of an earlier one."""
         for entry in self.path.iterdir():
             if entry != self.state:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
@@ -109,16 +109,16 @@ class Environment:
         self.unfinished.unlink(missing_ok=True)
 
     def is_current(self, group, digest):
-        """Returns whether `group` was installed from what `digest` stands for."""
+        """Returns whether `group` was installed from the requirements of this digest."""
         stamp = self.state / f"{group}.digest"
         return stamp.exists() and stamp.read_text() == digest
 
     def note(self, group, digest):
-        """Notes that `group` is installed from what `digest` stands for."""
+        """Records that `group` is installed from the requirements of this digest."""
         (self.state / f"{group}.digest").write_text(digest)
 
     def forget(self, group):
-        """Takes back what was noted for `group`."""
+        """Removes the record of `group`."""
         (self.state / f"{group}.digest").unlink(missing_ok=True)
 
     def pip(self, *arguments, log, env=None):
@@ -133,7 +133,7 @@ class Environment:
             self.pip("install", "--only-binary", ":all:", "-c", CONSTRAINTS, *arguments, log=log)
         except BaseException:
             if "Installing collected packages" not in (self.state / log).read_text(errors="replace"):
-                self.unfinished.unlink()  # it got no further than the downloads: nothing has changed
+                self.unfinished.unlink()  # it failed before the installation: nothing has changed
             raise
         self.unfinished.unlink()
 

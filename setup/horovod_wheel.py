@@ -1,8 +1,8 @@
 """Builds Horovod's wheel from source, once for each combination of versions, and keeps it in a cache.
 
-The cache is $RCNN_WHEEL_CACHE, else wheels/ in $XDG_CACHE_HOME/mask-rcnn or ~/.cache/mask-rcnn. Below it stands one
-folder for each key: versions of Horovod, TensorFlow and Python, CPU or GPU, processor. A wheel enters it by a rename,
-after it was installed and imported: whatever happens to a build, the cache holds whole and working wheels only.
+The cache is $RCNN_WHEEL_CACHE, else wheels/ in $XDG_CACHE_HOME/mask-rcnn or ~/.cache/mask-rcnn. It has one folder for
+each key: versions of Horovod, TensorFlow and Python, CPU or GPU, processor. A wheel is installed and imported before it
+is renamed into the cache, so the cache contains only complete, working wheels, even if a build is killed.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from progress import SetupError, hold_lock
 
-# TensorFlow 2.20 has moved a header that Horovod includes by its old name; this stands in the old place for the build.
-# Horovod's code for GPUs needs two things more there: a type that was dropped, and two functions for logging numbers
-# that TensorFlow's headers declare to be in its libraries, which don't export them.
+# TensorFlow 2.20 has moved a header that Horovod includes by its old name. During the build this file replaces it.
+# Horovod's code for GPUs needs two more definitions in it: a type that TensorFlow dropped, and two functions that log
+# numbers, which TensorFlow's headers declare and its libraries do not export.
 OLD_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"
 HEADER_TEXT = """\
 #pragma once
@@ -90,7 +90,7 @@ def cuda_toolkit():
 
 
 def check_compiler(folder, kind):
-    """Checks, before anything is made, for the compilers if the wheel of the cache folder will have to be built."""
+    """Raises SetupError if the cache folder has no wheel and a compiler for its build is missing."""
     if cached_wheel(folder) is not None:
         return
     check = [Path(__file__).with_name("prerequisites"), "compiler"]
@@ -102,7 +102,7 @@ def check_compiler(folder, kind):
 
 @contextlib.contextmanager
 def locked(cache):
-    """Holds the wheel cache against builds of other checkouts, and clears away what a killed build left in it."""
+    """Locks the wheel cache against builds of other checkouts, and removes the remains of killed builds."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / "lock").touch()
@@ -115,7 +115,7 @@ def locked(cache):
 
 
 def gpu_variables(environment, scratch):
-    """Returns the build variables for a GPU machine: its CUDA compiler, and the NCCL that TensorFlow brings along."""
+    """Returns the build variables for a GPU machine: its CUDA compiler, and the NCCL among TensorFlow's packages."""
     nccl = next(environment.path.glob("lib/python*/site-packages/nvidia/nccl"), None)
     if nccl is None:
         raise SetupError(f"{environment.path} has no NCCL: run make setup again")
@@ -169,19 +169,19 @@ def build(environment, requirements, scratch):
 
 
 def works(environment):
-    """Returns whether the Horovod in `environment` can be imported and has the parts it was built for."""
+    """Returns whether the Horovod in `environment` can be imported and contains Gloo, and NCCL on a GPU machine."""
     probe = "import horovod.tensorflow as hvd; assert hvd.gloo_built()"
     if environment.kind == "gpu":
         probe += "; assert hvd.nccl_built()"
     log = environment.state / "horovod-import.log"
     with open(log, "w") as output:
         command = [environment.python, "-c", probe]
-        # away from the checkout, which could have a folder of the same name
+        # not in the checkout, which may have a folder of the same name
         return subprocess.run(command, cwd=environment.state, stdout=output, stderr=output).returncode == 0
 
 
 def install(environment, requirements, folder, digest):
-    """Installs Horovod into `environment` from the cache folder; builds the wheel if there is none that works."""
+    """Installs Horovod into `environment` from the cache folder; builds the wheel if that has no working one."""
     with locked(folder.parent):
         wheel = cached_wheel(folder)
         if wheel:
@@ -200,7 +200,7 @@ def install(environment, requirements, folder, digest):
 
 
 def install_wheel(environment, wheel, digest):
-    """Installs the wheel and what it requires; returns whether it then works. Only then `digest` is noted for it."""
+    """Installs the wheel and its requirements; returns whether it works, and if so records `digest`."""
     environment.forget("horovod")
     # pip would keep a Horovod of the same version that was built for another TensorFlow
     environment.pip("uninstall", "--yes", "horovod", log="horovod-uninstall.log")

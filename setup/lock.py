@@ -1,6 +1,6 @@
 """Resolves all of requirements/ anew and prints constraints.txt: `python setup/lock.py > requirements/constraints.txt`.
 
-Nothing is installed. Versions are taken that run on Python 3.10 too, the oldest that the project supports.
+It installs nothing. It chooses versions that run on Python 3.10, too, the oldest that the project supports.
 """
 
 import json
@@ -19,7 +19,7 @@ HEADER = """\
 
 
 def resolve(*names):
-    """Returns {normalised name: version} of all that the requirements files `names` bring along."""
+    """Returns {normalised name: version} of all packages that the requirements files `names` install."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
@@ -39,7 +39,8 @@ def main():
         if clashes:
             sys.exit(f"resolved differently with and without a GPU: {', '.join(clashes)}")
         versions.update(resolved)
-    # what is not a wheel, or only for Python 3.10 (markers are judged by the Python that runs this), is pinned already
+    # packages without a wheel, and those for Python 3.10 alone (pip evaluates markers for the Python that runs it), are
+    # pinned already
     pins = "\n".join((REQUIREMENTS / name).read_text() for name in ("dev.txt", "horovod.txt", "bench.txt"))
     versions.update(re.findall(r"^([\w-]+)==([\w.]+)", pins, re.MULTILINE))
     print(HEADER + "\n".join(f"{name}=={version}" for name, version in sorted(versions.items())))

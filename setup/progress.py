@@ -1,4 +1,4 @@
-"""Runs the long commands of the set-up: output to a log, a sign of life on the terminal, one clear line on failure."""
+"""Runs the long commands of the set-up: output to a log, progress on the terminal, one clear line on failure."""
 
 import contextlib
 import fcntl
@@ -13,12 +13,12 @@ HEARTBEAT_SECONDS = 20
 ERROR_LINES = 5
 TAIL_LINES = 10
 ERROR = re.compile(r"(^CMake Error|\berror:)")
-# the lines of pip's and cmake's output that tell how far they are
+# the lines of pip's and cmake's output that show their progress
 MILESTONE = re.compile(r"(\[ *\d+%\]|Collecting|Processing|Downloading|Building|Installing) .*")
 
 
 class SetupError(Exception):
-    """What the user can mend, said in one line."""
+    """An error that the user can fix, described in one line."""
 
 
 def last_lines(path, count):
@@ -28,22 +28,22 @@ def last_lines(path, count):
 
 
 def symptoms(path):
-    """Returns the lines of the log `path` that most likely tell why a command failed: its first errors, and its end."""
+    """Returns the lines of the log `path` that most likely show why a command failed: its first errors, and its end."""
     lines = last_lines(path, 1_000_000)
     errors = [line for line in lines[:-TAIL_LINES] if ERROR.search(line)]
     return errors[:ERROR_LINES] + lines[-TAIL_LINES:]
 
 
 def milestone(path):
-    """Returns the last line of the log `path` that tells how far the work is, or ""."""
+    """Returns the last line of the log `path` that shows progress, or ""."""
     return next((line for line in reversed(last_lines(path, 1000)) if MILESTONE.match(line)), "")
 
 
 @contextlib.contextmanager
 def hold_lock(path, *, waiting):
-    """Holds the lock file `path` against other processes; prints `waiting` if it has to wait for one of them.
+    """Locks the file `path` against other processes; prints `waiting` if it has to wait for one of them.
 
-    Commands that `run_logged` starts meanwhile hold it too: where we are killed and they live on, until they end.
+    Commands that `run_logged` starts meanwhile hold the lock, too: if this process is killed, it lasts until they end.
     """
     with open(path, "w") as lock:
         os.set_inheritable(lock.fileno(), True)
@@ -56,7 +56,7 @@ def hold_lock(path, *, waiting):
 
 
 def stop(process):
-    """Ends `process` and everything it started: politely, and after ten seconds by force."""
+    """Ends `process` and all processes that it started: by SIGTERM, and after ten seconds by SIGKILL."""
     for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -70,7 +70,7 @@ def stop(process):
 def run_logged(command, *, log, env):
     """Runs `command` with its output in the file `log`; raises SetupError with the end of that output if it fails.
 
-    Every HEARTBEAT_SECONDS a line says how long it has taken and how far it is.
+    Every HEARTBEAT_SECONDS it prints the time since the start and the last line that shows progress.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -102,7 +102,7 @@ def run_logged(command, *, log, env):
 
 
 def main_wrapper(main, arguments):
-    """Calls `main(arguments)`; SetupError, a full disk and an interrupt end in one line and a non-zero exit code."""
+    """Calls `main(arguments)`; turns SetupError, OSError and signals into one line and a non-zero exit code."""
 
     def on_signal(number, _frame):
         raise KeyboardInterrupt(number)
@@ -116,5 +116,5 @@ def main_wrapper(main, arguments):
     except OSError as error:
         sys.exit(f"set-up: {error}")
     except KeyboardInterrupt:
-        print("set-up: interrupted; run the same make again to go on", file=sys.stderr)
+        print("set-up: interrupted; run the same make again to continue", file=sys.stderr)
         sys.exit(130)

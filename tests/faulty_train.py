@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import data
 import train
+from common import checkpoint
+from dataset.augment import ExampleMaker
 
 FAULT, _, NUMBER = os.environ.get("FAULT", "").partition("=")
 NUMBER = int(NUMBER or 0)
@@ -34,14 +34,14 @@ def send(number):
 
 def plant_in_examples(fault):
     """Do something else than making the example of position NUMBER."""
-    make = data.ExampleMaker.__call__
+    make = ExampleMaker.__call__
 
     def faulty(self, task):
         if task.position == NUMBER:
             fault()
         return make(self, task)
 
-    data.ExampleMaker.__call__ = faulty
+    ExampleMaker.__call__ = faulty
 
 
 def fail():
@@ -53,7 +53,9 @@ def fail():
 
 def plant_in_step(fault):
     """Do something right before step NUMBER."""
-    make_callbacks = train.make_callbacks
+    from training import run
+
+    make_callbacks = run.make_callbacks
 
     def with_fault(*args, **options):
         from tensorpack.callbacks import CallbackFactory
@@ -67,7 +69,7 @@ def plant_in_step(fault):
 
         return [*make_callbacks(*args, **options), Fault()]
 
-    train.make_callbacks = with_fault
+    run.make_callbacks = with_fault
 
 
 def plant_before_first_call(module, name, fault):
@@ -99,12 +101,12 @@ def plant_in_image():
 
     build_training, normalise = rcnn.build_training, rcnn._normalise
 
-    def build(**batch):
+    def build(settings, **batch):
         is_poisoned = tf.equal(batch["sample_key"][:, 1], NUMBER)
         poison = tf.where(is_poisoned, float("nan"), 0.0)[:, None, None, None]
         rcnn._normalise = lambda *args: normalise(*args) + poison
         try:
-            return build_training(**batch)
+            return build_training(settings, **batch)
         finally:
             rcnn._normalise = normalise
 
@@ -132,14 +134,14 @@ def plant():
     elif FAULT == "nan_in_weight":
         plant_in_step(plant_in_weight)
     elif FAULT == "sigterm_while_saving":
-        plant_before_first_call(checkpoint, "_flush", lambda: send(signal.SIGTERM))
+        plant_before_first_call(checkpoint, "flush", lambda: send(signal.SIGTERM))
     elif FAULT == "sigterm_before_training":
         plant_before_first_call(train, "find_weights", lambda: send(signal.SIGTERM))
     elif FAULT in ("sigterm_in_evaluation", "sigint_in_evaluation"):
-        import callbacks
+        from training.guards import Guard
 
         number = signal.SIGTERM if FAULT.startswith("sigterm") else signal.SIGINT
-        plant_before_first_call(callbacks.Guard, "check", lambda: send(number))
+        plant_before_first_call(Guard, "check", lambda: send(number))
     elif FAULT == "nan_in_image":
         plant_in_image()
     elif FAULT:

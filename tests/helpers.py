@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-import boxes as np_boxes
+from common import boxes as np_boxes
+from common.rle import paste_masks
 from modeling.box_head import Detections
 
 tfv1 = tf.compat.v1
@@ -49,7 +50,7 @@ def variables():
 
 
 def found(*rows, masks=None):
-    """What a network returns (see the top of eval.py), from rows of (box, score, label, image)."""
+    """What a network returns (see inference/graph.py), from rows of (box, score, label, image)."""
     box, score, label, image = zip(*rows) if rows else ((), (), (), ())
     return Detections(
         np.array(box, np.float32).reshape(-1, 4),
@@ -127,3 +128,8 @@ def run_traced(session, fetches, feed):
 
 def not_fused(nodes):
     return sorted(name for name, node in nodes.items() if node.op in NOT_FUSED and "gradients/" not in name)
+
+
+def paste_mask(mask, box_xyxy, height, width):
+    """`common.rle.paste_masks` of one mask: uint8 [H, W] of 0 and 1."""
+    return paste_masks(np.asarray(mask)[None], [box_xyxy], height, width)[0].view(np.uint8)

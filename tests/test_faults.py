@@ -19,7 +19,7 @@ import psutil
 import pytest
 from test_train import ROOT, SETTINGS
 
-import checkpoint
+from common import checkpoint, weights
 from dataset import shapes
 
 pytestmark = pytest.mark.long
@@ -100,10 +100,10 @@ def last_line(output):
         ),
         ("sleeps_in_step=8", [STALL], 6, ["nothing has moved for ", "in step 8", "the step does not end"]),
         ("killed_in_step=8", [], -signal.SIGKILL, []),
-        ("sigterm_in_step=8", [], 143, ["stopped by SIGTERM; --resume goes on"]),
-        ("sigint_in_step=8", [], 130, ["stopped by SIGINT; --resume goes on"]),
-        ("sigterm_in_evaluation", [], 143, ["stopped by SIGTERM; --resume goes on"]),
-        ("sigterm_while_saving", [], 143, ["stopped by SIGTERM; --resume goes on"]),
+        ("sigterm_in_step=8", [], 143, ["stopped by SIGTERM; --resume continues"]),
+        ("sigint_in_step=8", [], 130, ["stopped by SIGINT; --resume continues"]),
+        ("sigterm_in_evaluation", [], 143, ["stopped by SIGTERM; --resume continues"]),
+        ("sigterm_while_saving", [], 143, ["stopped by SIGTERM; --resume continues"]),
         ("sigterm_before_training", [], 143, ["SIGTERM: ended at once"]),
     ],
 )
@@ -115,7 +115,7 @@ def test_one_process(start, tmp_path, fault, settings, code, messages):
     if fault != "sigterm_before_training":
         assert checkpoint.has_checkpoint(tmp_path / "run")
         assert "Saved" in output
-        assert np.isfinite(checkpoint.newest_readable(tmp_path / "run").values["fastrcnn/fc6/W"]).all()
+        assert np.isfinite(weights.newest_readable(tmp_path / "run").values["fastrcnn/fc6/W"]).all()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_second_rank_of_two(start, tmp_path, fault, settings, messages):
     code, output = finish(start, start(fault, *settings, num_ranks=2, fault_rank=1))
     assert code != 0
     assert all(message in output for message in messages), output[-3000:]
-    newest = checkpoint.newest_readable(tmp_path / "run").path
+    newest = weights.newest_readable(tmp_path / "run").path
     # A signal that comes during a step is told to the others in the next.
     assert newest.name == ("model-9" if fault.startswith("sigterm_in_step") else "model-6")
 
@@ -146,7 +146,7 @@ def test_a_signal_to_the_launcher_reaches_the_ranks_in_time_to_save(start, tmp_p
     process.send_signal(signal.SIGTERM)
     _, output = finish(start, process)
     assert "[0]<stderr>:train.py: stopped by SIGTERM" in output
-    assert checkpoint.newest_readable(tmp_path / "run").step > periodic
+    assert weights.newest_readable(tmp_path / "run").step > periodic
 
 
 def test_killed_at_random_moments_it_goes_on_from_where_it_was(start, tmp_path):
@@ -163,7 +163,7 @@ def test_killed_at_random_moments_it_goes_on_from_where_it_was(start, tmp_path):
         output = process.stdout.read()
         started = [int(word) for word in re.findall(r"Start Epoch (\d+)", output)]
         assert finish(start, process)[0] == -signal.SIGKILL
-        step = checkpoint.newest_readable(tmp_path / "run").step
+        step = weights.newest_readable(tmp_path / "run").step
         assert step > last
         lost.append(max([*started, step]) - step)
         last = step

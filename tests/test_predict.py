@@ -14,11 +14,13 @@ import pycocotools.mask as mask_util
 import pytest
 from virtual_display import VirtualDisplay, needs_display
 
-import data
 import eval
 import predict
-import viz
+from common import viz
+from common.checkpoint import save_config
 from config import Config, UserError
+from dataset.images import Geometry
+from inference import ImageDetections, predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +53,7 @@ def checkpoint(tmp_path):
 def write_config(folder, *settings):
     config = Config()
     config.update(list(settings))
-    config.save(folder / "config.json")
+    save_config(config, folder / "config.json")
 
 
 def write_data_set(folder, *, names=("disc", "box")):
@@ -185,7 +187,7 @@ class StandIn:
 
     class_names = ("disc", "box")
     category_ids = (3, 41)
-    geometry = data.Geometry(short_edge=64, max_size=128, multiple=32)
+    geometry = Geometry(short_edge=64, max_size=128, multiple=32)
 
     def __init__(self):
         self.batches = []
@@ -195,28 +197,32 @@ class StandIn:
         boxes_xyxy = np.float32([[1, 1, 9, 9], [3, 3, 20, 20], [5, 5, 30, 30]])
         masks = np.zeros((3, *images[0].shape[:2]), bool)
         masks[:, 5:9, 5:9] = True
-        found = eval.ImageDetections(boxes_xyxy, np.float32([0.9, 0.8, 0.7]), np.array([2, 1, 2]), masks)
+        found = ImageDetections(boxes_xyxy, np.float32([0.9, 0.8, 0.7]), np.array([2, 1, 2]), masks)
         return [found] * len(images)
 
 
 @pytest.fixture
 def network(monkeypatch):
     """Puts stand-ins in place of the model; notes what it is asked for."""
-    for module in (predict, data, eval):
-        monkeypatch.setattr(module, "config", Config())
-    monkeypatch.setattr(predict, "config", data.config)
+    monkeypatch.setattr(predict, "config", Config())
     monkeypatch.setattr(viz, "has_display", lambda: False)
     calls = SimpleNamespace(loaded=[], evaluated=[], config=predict.config, predictor=StandIn())
 
-    def load(path):
+    def load(path, *, settings):
+        assert settings is predict.config
         calls.loaded.append(str(path))
         return calls.predictor
 
-    def evaluate_dataset(function, dataset, *, output, **report_options):
+    def load_network(settings, path):
+        assert settings is predict.config and path.name == "model-500"
+        return "function"
+
+    def evaluate_dataset(settings, function, dataset, *, output, **report_options):
+        assert settings is predict.config
         calls.evaluated.append((function, dataset.name, str(output), report_options))
 
-    monkeypatch.setattr(eval.Predictor, "configured", load)
-    monkeypatch.setattr(eval, "load_predictor", lambda path: "function")
+    monkeypatch.setattr(predictor, "Predictor", load)
+    monkeypatch.setattr(predictor, "load_network", load_network)
     monkeypatch.setattr(eval, "evaluate_dataset", evaluate_dataset)
     return calls
 
@@ -318,6 +324,25 @@ def test_video(network, checkpoint, tmp_path, capsys):
     assert [result["image_id"] for result in results] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
 
+def test_a_video_whose_name_is_taken_meanwhile_gets_the_next(network, checkpoint, tmp_path, capsys):
+    write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
+    writer = cv2.VideoWriter(str(tmp_path / "in.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 10, (100, 80))
+    writer.write(np.zeros((80, 100, 3), np.uint8))
+    writer.release()
+    find = network.predictor
+
+    def slow(images):
+        (tmp_path / "out" / "in-detections.mp4").write_text("another's")
+        return find(images)
+
+    network.predictor = slow
+    slow.class_names, slow.category_ids, slow.geometry = find.class_names, find.category_ids, find.geometry
+    assert run("--video", tmp_path / "in.mp4", "--load", checkpoint, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'in-detections-1.mp4'}: 2 box, 1 disc\n"
+    assert (tmp_path / "out" / "in-detections.mp4").read_text() == "another's"
+    assert cv2.VideoCapture(str(tmp_path / "out" / "in-detections-1.mp4")).read()[0]
+
+
 def test_bad_files_are_reported_and_the_rest_goes_on(network, checkpoint, tmp_path, capsys):
     write_config(checkpoint, "DATA.NUM_CATEGORY=2", "DATA.CLASS_NAMES=['BG','disc','box']")
     (tmp_path / "bad.jpg").write_text("no image")
@@ -402,10 +427,8 @@ def test_report_that_cannot_be_written(network, checkpoint, tmp_path, monkeypatc
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     arguments = ["--evaluate", tmp_path / "out.json", "--load", checkpoint, "--report"]
-    for place, problem in (("used", "used exists already"), ("used/file/r", "cannot make the folder .*: Not a dir")):
-        for module in (data, eval, predict):
-            monkeypatch.setattr(module, "config", Config())
-        monkeypatch.setattr(predict, "config", data.config)
+    for place, problem in (("used", "used exists already"), ("used/file/r", "cannot write .*used/file/r: Not a dir")):
+        monkeypatch.setattr(predict, "config", Config())
         with pytest.raises(UserError, match=problem):
             run(*arguments, tmp_path / place)
     assert not network.evaluated
@@ -422,12 +445,13 @@ TINY = (
 
 SAVE_RANDOM_WEIGHTS = """
 import sys
-from config import config
-config.load(sys.argv[1] + "/config.json")
+from config import Config
+settings = Config()
+settings.load(sys.argv[1] + "/config.json")
 from tensorpack.compat import tfv1 as tf
-import sessions
+from inference.graph import Inference
 with tf.Graph().as_default(), tf.Session() as session:
-    sessions.Inference()
+    Inference(settings)
     session.run(tf.global_variables_initializer())
     tf.train.Saver().save(session, sys.argv[1] + "/model-1")
 """

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 import train
+from config import Config
 from dataset import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -95,13 +96,13 @@ class TestTraining:
         assert " WRN " not in trained[1]
         assert "Warning" not in trained[1]
 
-    def test_frozen_random_weights_are_warned_of(self, caplog):
-        with train.config.temporary():
-            for freeze_at, num_warnings in ((2, 1), (0, 0)):
-                caplog.clear()
-                train.config.BACKBONE.FREEZE_AT = freeze_at
-                train.adopt_settings(None)
-                assert [record.levelname for record in caplog.records] == ["WARNING"] * num_warnings
+    def test_frozen_random_weights_are_warned_of(self, caplog, monkeypatch):
+        monkeypatch.setattr(train, "config", Config())
+        for freeze_at, num_warnings in ((2, 1), (0, 0)):
+            caplog.clear()
+            train.config.BACKBONE.FREEZE_AT = freeze_at
+            train.adopt_settings(None)
+            assert [record.levelname for record in caplog.records] == ["WARNING"] * num_warnings
 
     def test_leaves_events_statistics_checkpoint_and_configuration(self, trained):
         logdir = trained[0]
@@ -186,7 +187,7 @@ class TestTraining:
         assert start("worker_raises=0", *arguments).returncode == 4  # before its first step: it can be tried again
         stopped = start("sigterm_in_step=4", *arguments)
         assert stopped.returncode == 143
-        assert stopped.stderr.splitlines()[-1] == "train.py: stopped by SIGTERM; --resume goes on from the checkpoint"
+        assert stopped.stderr.splitlines()[-1] == "train.py: stopped by SIGTERM; --resume continues from the checkpoint"
         assert sorted(path.name for path in logdir.glob("model-*.index")) == ["model-4.index"]
         stopped = start("sigint_in_evaluation", *resuming)
         assert stopped.returncode == 130
@@ -218,6 +219,8 @@ class TestSeveralDevices:
         assert "The reduced gradients equal the mean of the replicas' gradients." in result.stdout
         assert "Do not know how to sync variable" not in result.stdout
         found, expected = (read_checkpoint(folder / "model-12") for folder in (tmp_path, trained[0]))
+        recorded = [json.loads((folder / "model-12.json").read_text()) for folder in (tmp_path, trained[0])]
+        assert recorded[0]["model variables"] == recorded[1]["model variables"]  # none of a tower's own
         for name in expected.keys() - {"accumulated_steps"}:  # a counter, of which each tower has its own
             tolerance = MOMENTUM_TOLERANCE if name.endswith("/Momentum") else WEIGHT_TOLERANCE
             np.testing.assert_allclose(found[name], expected[name], atol=tolerance, err_msg=name)

@@ -3,9 +3,9 @@
 import numpy as np
 from tensorpack.compat import tfv1 as tf
 
-import checkpoint
-import sessions
-from config import config
+from common import checkpoint, weights
+from config import Config
+from inference.graph import Inference
 
 SETTINGS = (
     *("BACKBONE.WIDTH=4", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=8", "RPN.HEAD_DIM=16"),
@@ -22,14 +22,15 @@ MODELS = {
 }
 
 
-def make_model(folder, name, *settings):
-    """Makes the run of one of MODELS in a folder, and returns the folder. `settings`: texts KEY=VALUE, for others."""
-    with config.temporary(), tf.Graph().as_default(), tf.Session() as session:
-        config.update([*SETTINGS, *MODELS[name], *settings])
-        config.save(folder / "config.json")
-        sessions.Inference()
+def make_model(folder, name, *overrides):
+    """Makes the run of one of MODELS in a folder, and returns the folder. `overrides`: texts KEY=VALUE, for others."""
+    settings = Config()
+    settings.update([*SETTINGS, *MODELS[name], *overrides])
+    checkpoint.save_config(settings, folder / "config.json")
+    with tf.Graph().as_default(), tf.Session() as session:
+        Inference(settings)
         session.run(tf.global_variables_initializer())
-        checkpoint.assign(session, _random_kernels(np.random.default_rng(0)))
+        weights.assign(session, _random_kernels(np.random.default_rng(0)))
         tf.train.Saver().save(session, str(folder / "model-1"))
     return folder
 
@@ -37,7 +38,7 @@ def make_model(folder, name, *settings):
 def _random_kernels(rng):
     """By name, whatever else is in the graph; in the last layers so large that scores, boxes and masks differ."""
     kernels = {}
-    for name, variable in sorted(checkpoint.model_variables().items()):
+    for name, variable in sorted(weights.model_variables().items()):
         shape = variable.shape.as_list()
         is_last = name.endswith(("/class/W", "/box/W")) or name == "maskrcnn/conv/W"
         if name.endswith("/W"):

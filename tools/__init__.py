@@ -1,1 +1,1 @@
-"""Commands beside training and prediction: `python -m tools.NAME --help`."""
+"""Commands beside training and prediction: `python -m tools.NAME --help` describes each."""

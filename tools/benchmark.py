@@ -1,19 +1,20 @@
-"""How long things take: loading data, a training step, inference, what follows it; beside torchvision's model if asked.
+"""Measures the speed of loading data, a training step, inference and mask pasting, also beside torchvision's model.
 
     python -m tools.benchmark                                      R50-FPN Mask R-CNN on images of 800x1202
     python -m tools.benchmark --vs torchvision --precision float32 bfloat16 --batch 1 2
     python -m tools.benchmark --parts data --config DATA.BASEDIR=/path/to/COCO DATA.TRAIN=coco_train2017
 
-Each measurement is a process of its own. Where two are compared they take turns, so that a noisy machine is noisy for
-both; who waits does nothing. Both do the same work, which is printed: weights are random, so the numbers of proposals,
-RoIs, foreground masks and detections are set by thresholds, and weights drawn until they suffice (30 times at most).
-Where the work differs, there is no ratio. Data are square generated images if no DATA settings name others; one core
+Each measurement runs in a process of its own. Two that are compared alternate, so that other load on the machine
+affects both; the one that waits is idle. Both do the same work, which is printed. Weights are random: thresholds set
+the numbers of proposals, RoIs, foreground masks and detections, and weights are drawn until these are reached (30 times
+at most). If the work differs, no ratio is printed. Without DATA settings the data are square generated images; one core
 makes the examples.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -32,38 +33,38 @@ from typing import NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from config import UserError, config
-from data import network_geometry, pad_images
+from config import UserError, config, padding_multiple
+from dataset.images import pad_images
 
 SIDES = ("this", "torchvision")
 COMPARED = ("training", "inference")  # parts that torchvision has, too
 CLASSES = 80
 OBJECTS = 20  # per image, in training
 MEBIBYTE = 2**20
-OP_EVENT = re.compile(r"(?P<name>[\w/.]+):(?P<kind>\w+)")  # how the profiler names the run of an op
-# The scopes of the model's parts, also where ops stand in the gradients of one or for its second use (rpn_1).
+OP_EVENT = re.compile(r"([\w/.]+):\w+")  # the profiler's name of a run of an op: NAME:TYPE
+# The scopes of the model's parts, also within the names of gradients and of a second use (rpn_1).
 STAGE = re.compile(r"(?:^|/)(conv0|group\d|fpn|rpn|fastrcnn|cascade_rcnn_stage\d|maskrcnn|Momentum)(?:_\d+)?(?=/|$)")
 MULTIPLYING = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2"}
-OTHER = "other"  # no part's: RoIAlign, NMS, sampling, losses
+OTHER = "other"  # ops of no part: RoIAlign, NMS, sampling, losses
 
 
 class Case(NamedTuple):
-    """One thing to measure."""
+    """A measurement: one part of the work, on one side, with its settings."""
 
-    side: str  # of SIDES
-    part: str  # of PREPARE
-    precision: str
+    side: str  # one of SIDES
+    part: str  # a key of PREPARE
+    precision: str  # float32, bfloat16 or float16
     batch: int  # images
-    size: tuple  # height, width in pixels
-    overrides: tuple  # KEY=VALUE
-    foreground_iou: float = 0.05  # low, so that random proposals suffice for all the foreground that a recipe samples
-    proposal_iou: float = 0.8  # high, so that the NMS of random proposals leaves enough of them, in bfloat16 too
+    size: tuple[int, int]  # height, width in pixels
+    overrides: tuple[str, ...]  # KEY=VALUE
+    foreground_iou: float = 0.05  # low, so that random proposals contain all the foreground that a recipe samples
+    proposal_iou: float = 0.8  # high, so that the NMS of random proposals keeps enough of them, in bfloat16 too
     candidates: int = 1000  # (RoI, class) pairs per image that compete to be detections
-    draws: int = 30  # of random weights, at most, until the proposals suffice for all the RoIs that training samples
+    draws: int = 30  # of random weights, at most, until the proposals contain all the RoIs that training samples
 
 
 def synthetic_batch(case):
-    """Images of noise with random objects: only sizes and counts matter.
+    """Makes images of noise with random objects: only sizes and counts matter.
 
     Returns:
         dict: image uint8 [N, H, W, 3], gt_boxes float32 [N, G, 4], gt_labels int64 [N, G], gt_masks bool [N, G, H, W]
@@ -85,11 +86,11 @@ def synthetic_batch(case):
     }
 
 
-# ---------------------------------------------------------------- this program: (run, work) of each part
+# ---------------------------------------------------------------- this program: each part as (run, work)
 
 
 def configure(case):
-    """The configuration of a case: R50-FPN with the thresholds for random weights, then what was asked for."""
+    """Sets the global config for a case: R50-FPN with the thresholds for random weights, then the case's overrides."""
     height, width = case.size
     config.update(["MODE_FPN=True", f"FRCNN.FG_THRESH={case.foreground_iou}", "TEST.RESULT_SCORE_THRESH=0.0"])
     config.update([f"RPN.PROPOSAL_NMS_THRESH={case.proposal_iou}"])
@@ -103,27 +104,27 @@ def configure(case):
 
 
 def prepare_training(case):
-    """A step on the same batch again and again: losses, gradients and the update."""
+    """Prepares training steps on one and the same batch: losses, gradients and the update."""
     session, fetches, feed, work = training_graph(case)
     return (lambda: session.run(fetches, feed)), work
 
 
 def training_graph(case):
-    """(session, what a step fetches, what it is fed with, the work that it does) with random weights."""
+    """The training graph with random weights: (session, fetches of a step, its feed, the work that it does)."""
     from tensorpack.compat import tfv1
     from tensorpack.tfutils.tower import TowerContext
 
-    import sessions
-    from modeling import rcnn
+    from inference.graph import session_config
+    from training.model import TrainingModel
 
     config.freeze()
     tfv1.disable_eager_execution()
-    inputs = [tfv1.placeholder(spec.dtype, spec.shape, spec.name) for spec in rcnn.input_signature(training=True)]
-    model = rcnn.RCNN(learning_rate=1e-6)
+    model = TrainingModel(config, learning_rate=1e-6)
+    inputs = [tfv1.placeholder(spec.dtype, spec.shape, spec.name) for spec in model.inputs()]
     with TowerContext("", is_training=True):
         cost = model.build_graph(*inputs)
         step = model.optimizer().minimize(cost)
-    session = tfv1.Session(config=sessions.session_config())
+    session = tfv1.Session(config=session_config())
     initialize = tfv1.global_variables_initializer()
     batch = training_batch(case)
     feed = {placeholder: batch[placeholder.op.name] for placeholder in inputs}
@@ -139,13 +140,12 @@ def training_graph(case):
 
 
 def training_batch(case):
-    """The batch as the training graph takes it."""
-    made = synthetic_batch(case)
-    _, multiple = network_geometry()
-    image, image_shape = pad_images(list(made["image"]), multiple=multiple)
+    """The synthetic batch as `rcnn.input_signature` describes it, padded and with packed masks."""
+    batch = synthetic_batch(case)
+    image, image_shape = pad_images(list(batch["image"]), multiple=padding_multiple(config))
     masks = np.zeros((case.batch, OBJECTS, *image.shape[1:3]), bool)
-    masks[:, :, : case.size[0], : case.size[1]] = made["gt_masks"]
-    return made | {
+    masks[:, :, : case.size[0], : case.size[1]] = batch["gt_masks"]
+    return batch | {
         "image": image,
         "image_shape": image_shape,
         "gt_masks": np.packbits(masks, axis=-1),
@@ -155,24 +155,25 @@ def training_batch(case):
 
 
 def prepare_inference(case):
-    """From images to detections with masks pasted into them."""
-    import eval as evaluation
+    """Prepares inference: from images to detections with pasted masks."""
+    from data import inference_geometry
+    from inference.predictor import load_network, predict_images
 
     images = list(synthetic_batch(case)["image"])
     with tempfile.TemporaryDirectory() as folder:
-        weights = os.path.join(folder, "random.npz")
-        config.TEST.RESULT_SCORE_THRESH, num_rois = save_random_weights(weights, images, case.candidates)
+        path = os.path.join(folder, "random.npz")
+        config.TEST.RESULT_SCORE_THRESH, num_rois = save_random_weights(path, images, case.candidates)
         config.freeze()
-        predict = evaluation.load_predictor(weights)
-    found = evaluation.predict_images(predict, images)
-    work = {"num_rois": num_rois, "num_detections": sum(len(one.scores) for one in found) / case.batch}
-    return (lambda: evaluation.predict_images(predict, images)), work
+        network = load_network(config, path)
+    run = functools.partial(predict_images, network, images, geometry=inference_geometry(config))
+    work = {"num_rois": num_rois, "num_detections": sum(len(one.scores) for one in run()) / case.batch}
+    return run, work
 
 
 def save_random_weights(path, images, candidates):
-    """Write random weights; (score that so many candidates of the first image lie above with them, number of RoIs)."""
-    with inference_graph(images[:1]) as (session, _, feed, weights):
-        np.savez(path, **weights)
+    """Writes random weights; returns the score that `candidates` pairs of the first image reach, and its RoI count."""
+    with inference_graph(images[:1]) as (session, _, feed, values):
+        np.savez(path, **values)
         softmax = [op.outputs[0] for op in session.graph.get_operations() if op.type == "Softmax"]
         scores = np.mean(session.run(softmax, feed), axis=0)[:, 1:]
     return float(np.sort(scores, axis=None)[-candidates]), len(scores)
@@ -180,36 +181,35 @@ def save_random_weights(path, images, candidates):
 
 @contextlib.contextmanager
 def inference_graph(images):
-    """(session, what inference fetches, what it is fed with, weights by name) with random weights."""
+    """Yields the inference graph with random weights: (session, fetches, feed, weights by name)."""
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
-    import checkpoint
-    import sessions
+    from common import weights
+    from inference.graph import Inference, session_config
 
-    _, multiple = network_geometry()
-    with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
-        inference = sessions.Inference()
+    with tf.Graph().as_default(), tfv1.Session(config=session_config()) as session:
+        inference = Inference(config)
         session.run(tfv1.global_variables_initializer())
-        weights = session.run(checkpoint.model_variables())
-        for name, value in weights.items():
-            if name.endswith(("/b", "/beta")):  # adding zeros would be optimised away
+        values = session.run(weights.model_variables())
+        for name, value in values.items():
+            if name.endswith(("/b", "/beta")):  # TensorFlow would remove the addition of zeros
                 value += np.random.default_rng(0).normal(0, 0.01, value.shape)
-        checkpoint.assign(session, {v: weights[n] for n, v in checkpoint.model_variables().items()})
-        feed = dict(zip(inference.inputs, pad_images(images, multiple=multiple)))
+        weights.assign(session, {v: values[n] for n, v in weights.model_variables().items()})
+        feed = dict(zip(inference.inputs, pad_images(images, multiple=padding_multiple(config))))
         fetches = [tensor for tensor in inference.detections if tensor is not None]
-        yield session, fetches, feed, weights
+        yield session, fetches, feed, values
 
 
 def prepare_data(case):
-    """Making training batches in this process alone, on one core: decode, flip, resize, rasterise, pad."""
+    """Prepares training batches, made in this process on one core: decode, flip, resize, rasterise, pad."""
     import cv2
 
-    import data
+    from data import training_data
     from dataset import get_datasets, shapes
 
     cv2.setNumThreads(1)  # as in a worker
-    folder = tempfile.TemporaryDirectory()  # lives as long as the function below
+    folder = tempfile.TemporaryDirectory()  # the returned function keeps it alive
     if not any(override.startswith(("DATA.TRAIN=", "DATA.BASEDIR=")) for override in case.overrides):
         shapes.generate(folder.name, train=8, val=1, size=min(case.size))
         config.update([f"DATA.BASEDIR={folder.name}", "DATA.TRAIN=shapes_train"])
@@ -220,13 +220,13 @@ def prepare_data(case):
         for one in get_datasets(config.DATA.TRAIN, config.DATA.BASEDIR)
         for record in one.records(training=True, masks=config.MODE_MASK)
     ]
-    batches = iter(data.training_data(records))
+    batches = iter(training_data(config, records))
     return (lambda: (folder, next(batches))), {"num_images": len(records)}
 
 
 def prepare_paste(case):
-    """Pasting masks into an image of 480x640, as RLE: of 100 boxes as large as COCO's, or as the whole image."""
-    import boxes
+    """Prepares pasting 100 masks into an image of 480x640, as RLE: in boxes of COCO's sizes, or of the whole image."""
+    from common.rle import paste_rle
 
     rng = np.random.default_rng(0)
     height, width, count = 480, 640, 100
@@ -240,7 +240,7 @@ def prepare_paste(case):
         5 * np.arctan2(y, x) + rng.uniform(0, 6, (count, 1, 1))
     )
     masks = (1 / (1 + np.exp(8 * (np.hypot(x, y) - radius)))).astype(np.float32)
-    return (lambda: boxes.paste_rle(masks, boxes_xyxy, height, width)), {"num_detections": count}
+    return (lambda: paste_rle(masks, boxes_xyxy, height, width)), {"num_detections": count}
 
 
 PREPARE = {
@@ -256,7 +256,7 @@ PREPARE = {
 
 
 def serve(case, connection):
-    """The process of one case: prepares it, then measures whenever it is told to."""
+    """The process of a case: prepares it, then measures one run for each true value that it receives."""
     try:
         if case.side == "torchvision":
             from tools import torchvision_peer
@@ -278,7 +278,7 @@ def serve(case, connection):
 
 
 def profile_ops(run):
-    """Where one more run spends its time: list of (name of op, kind, seconds on all threads); [] without a graph."""
+    """Profiles one more run: list of (name of an op, its seconds on all threads); [] without a graph."""
     if "tensorflow" not in sys.modules:
         return []
     from tensorflow.python.profiler import profiler_v2
@@ -296,18 +296,18 @@ def profile_ops(run):
                     name = plane.event_metadata[event.metadata_id].name
                     op = OP_EVENT.fullmatch(name)
                     if op:
-                        seconds[op["name"], op["kind"]] += event.duration_ps / 1e12
-    return [(name, kind, time_taken) for (name, kind), time_taken in seconds.items()]
+                        seconds[op[1]] += event.duration_ps / 1e12
+    return list(seconds.items())
 
 
 def stage_of(op_name):
-    """The part of the model that an op belongs to, by its name."""
+    """The part of the model to which an op of this name belongs."""
     stage = STAGE.search(op_name)
     return stage[1] if stage else OTHER
 
 
 def shares(pairs):
-    """Of (key, seconds): list of (key, seconds in all, share of all seconds), the dearest first."""
+    """Sums (key, seconds) by key: list of (key, seconds, share of all seconds), the largest first."""
     sums = collections.Counter()
     for key, seconds in pairs:
         sums[key] += seconds
@@ -315,7 +315,11 @@ def shares(pairs):
 
 
 class Worker:
-    """A process that measures one case when it is told to."""
+    """A process that measures one case on demand.
+
+    Attributes:
+        case: Case. work: dict of numbers by name. seconds: list of float, per image.
+    """
 
     def __init__(self, case):
         context = multiprocessing.get_context("spawn")
@@ -336,15 +340,15 @@ class Worker:
         return message
 
     def measure(self):
-        """Run once more."""
+        """Measures one more run."""
         self._connection.send(True)
         self.seconds.append(self._answer()["seconds"] / self.case.batch)
 
     def finish(self):
-        """The result as a dict: the case, seconds per image, images per second, memory, the work done, stages, ops."""
+        """Ends the process; returns a dict: case, seconds per image, images per second, memory, work, and stages."""
         self._connection.send(False)
         last = self._answer()
-        self._process.join(60)  # until it has removed its folder, if it has one
+        self._process.join(60)  # it may have a temporary folder to remove
         median = statistics.median(self.seconds)
         return {
             **{name: getattr(self.case, name) for name in ("part", "precision", "batch", "side")},
@@ -354,21 +358,20 @@ class Worker:
             "img/s": 1 / median,
             "peak MiB": last["peak"] / MEBIBYTE,
             "work": self.work,
-            "stages": shares((stage_of(name), seconds) for name, _, seconds in last["ops"]),
-            "ops": shares((kind, seconds) for _, kind, seconds in last["ops"]),
+            "stages": shares((stage_of(name), seconds) for name, seconds in last["ops"]),
         }
 
     def kill(self):
-        """End the process, whatever it is doing."""
+        """Kills the process."""
         self._process.kill()
         self._process.join()
 
 
 def measure(cases, *, repeat):
-    """Measure cases in turns: list of the results of `Worker.finish`."""
+    """Measures cases alternately, `repeat` times each; returns the list of their `Worker.finish`."""
     workers = []
     try:
-        for case in cases:  # one after the other: preparing is noisy, too
+        for case in cases:  # one after the other: preparation would disturb a measurement
             workers.append(Worker(case))
         for _ in range(repeat):
             for worker in workers:
@@ -379,11 +382,11 @@ def measure(cases, *, repeat):
             worker.kill()
 
 
-# ---------------------------------------------------------------- the floor: arithmetic, and the rate of a convolution
+# ---------------------------------------------------------------- lower bounds: arithmetic, and a convolution's rate
 
 
 def multiply_adds(case):
-    """Multiply-adds per image of a graph's convolutions and matrix products, in training those of the gradients too."""
+    """The multiply-adds per image of a part's convolutions and matrix products; in training with their gradients."""
     configure(case)
     if case.part == "training":
         session, fetches, feed, _ = training_graph(case)
@@ -394,7 +397,7 @@ def multiply_adds(case):
 
 
 def count_multiply_adds(session, fetches, feed):
-    """Of all convolutions and matrix products that fetching some tensors or ops takes."""
+    """The multiply-adds of all convolutions and matrix products that `fetches`, tensors or ops, require."""
     from tensorpack.compat import tfv1
 
     graph = session.graph
@@ -406,10 +409,10 @@ def count_multiply_adds(session, fetches, feed):
 
 
 def factors_of(op):
-    """Two vectors of numbers whose product is how often an op of MULTIPLYING multiplies."""
+    """The multiply-adds of an op of a type in MULTIPLYING, as factors: the numbers of two int32 vectors."""
     import tensorflow as tf
 
-    if op.type == "Conv2D":  # for each output, once for each weight of its channel
+    if op.type == "Conv2D":  # each output takes one for each weight of its channel
         return tf.shape(op.outputs[0]), tf.shape(op.inputs[1])[:3]
     if op.type == "Conv2DBackpropInput":
         return tf.shape(op.inputs[2]), tf.shape(op.inputs[1])[:3]
@@ -420,14 +423,14 @@ def factors_of(op):
 
 
 def convolution_rate(precision, *, repeat=5):
-    """Multiply-adds per second of a large 3x3 convolution, 256 channels on a map of 200x304: what the cores can do."""
+    """The multiply-adds per second of a large 3x3 convolution, 256 channels on a map of 200x304."""
     import tensorflow as tf
     from tensorpack.compat import tfv1
 
-    import sessions
+    from inference.graph import session_config
 
     shape, channels = (1, 200, 304, 256), 256
-    with tf.Graph().as_default(), tfv1.Session(config=sessions.session_config()) as session:
+    with tf.Graph().as_default(), tfv1.Session(config=session_config()) as session:
         dtype = tf.as_dtype(precision)
         x = tfv1.Variable(tf.cast(tf.ones(shape), dtype))
         kernel = tfv1.Variable(tf.cast(tf.ones((3, 3, channels, channels)), dtype))
@@ -451,16 +454,17 @@ def parse_arguments(arguments=None):
     parser.add_argument("--precision", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="N", help="images (default: 1)")
     parser.add_argument("--size", default="800x1202", metavar="HEIGHTxWIDTH", help="of the images (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="times that each is measured (%(default)s)")
-    parser.add_argument("--vs", choices=["torchvision"], help="measure that, too, in turns (`make bench` installs it)")
-    parser.add_argument("--config", nargs="+", default=[], metavar="KEY=VALUE", help="another model than R50-FPN")
-    parser.add_argument("--profile", action="store_true", help="print what kinds of ops take the time")
-    parser.add_argument("--json", metavar="FILE", help="write the results there, too")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="number of measurements (%(default)s)")
+    parser.add_argument("--vs", choices=["torchvision"], help="also measure its model (`make bench` installs it)")
+    parser.add_argument(
+        "--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings of another model or data"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this new file")
     return parser.parse_args(arguments)
 
 
 def parse_size(text):
-    """HEIGHTxWIDTH as two integers."""
+    """Parses HEIGHTxWIDTH: (height, width), each at least 32; raises UserError for other texts."""
     edges = text.split("x")
     if len(edges) != 2 or not all(edge.isdecimal() and int(edge) >= 32 for edge in edges):
         raise UserError(f"--size {text}: give HEIGHTxWIDTH in pixels, 32 at least")
@@ -468,6 +472,7 @@ def parse_size(text):
 
 
 def main(arguments):
+    """Measures all combinations of part, precision and batch; prints them, and writes them to --json."""
     size, overrides = parse_size(arguments.size), tuple(arguments.config)
     check_arguments(arguments)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # of all processes to come
@@ -477,11 +482,11 @@ def main(arguments):
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
         if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
-            continue  # once is enough
+            continue  # these parts do not run the network: once is enough
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
         cases = [Case(side, part, precision, batch, size, overrides) for side in sides]
         results += measure(cases, repeat=arguments.repeat)
-        print_group(results[-len(cases) :], profile=arguments.profile)
+        print_group(results[-len(cases) :])
     print_floors(counts, rates)
     if arguments.json:
         with open(arguments.json, "x") as file:
@@ -490,14 +495,14 @@ def main(arguments):
 
 
 def find_floors(arguments, size, overrides):
-    """Multiply-adds per image of each part that is a graph, and their rate per second in each precision: two dicts."""
+    """The multiply-adds per image of each part that is a graph, and their rate in each precision: two dicts."""
     cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
     counts = {case.part: in_process(multiply_adds, case) for case in cases}
     return counts, {precision: in_process(convolution_rate, precision) for precision in arguments.precision if counts}
 
 
 def check_peer():
-    """Raises UserError where torchvision's side can't be measured."""
+    """Raises UserError if torchvision's side cannot be measured."""
     try:
         importlib.import_module("tools.torchvision_peer")
     except ImportError as error:
@@ -505,7 +510,7 @@ def check_peer():
 
 
 def check_arguments(arguments):
-    """Raises UserError for options that nothing can be measured with."""
+    """Raises UserError for options with unusable values."""
     if min(*arguments.batch, arguments.repeat) < 1:
         raise UserError("--batch and --repeat: 1 at least")
     path = Path(arguments.json).absolute() if arguments.json else None
@@ -518,7 +523,7 @@ def check_arguments(arguments):
 
 
 def print_floors(counts, rates):
-    """How long an image's multiply-adds take at the rate of a large convolution."""
+    """Prints the time of an image's multiply-adds at the rate of a large convolution: a lower bound."""
     for precision, rate in rates.items():
         print(f"a large 3x3 convolution in {precision}: {rate / 1e9:.0f} billion multiply-adds per second")
         for part, count in counts.items():
@@ -526,13 +531,13 @@ def print_floors(counts, rates):
 
 
 def in_process(function, *args):
-    """Call a function in a process of its own, which takes what it leaves behind with it."""
+    """Calls a function in a process of its own, so that its graphs and memory vanish with it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def print_group(results, *, profile):
-    """A table of results that were measured in turns; the ratio says how many times faster this program is."""
+def print_group(results):
+    """Prints a table of results that were measured alternately, and the ratio of their times if their work is equal."""
     columns = ("part", "precision", "batch", "side", "s/img", "lowest", "highest", "img/s", "peak MiB")
     rows = [[result[name] for name in columns] for result in results]
     formats = ("", "", "", "", ".3f", ".3f", ".3f", ".2f", ".0f")
@@ -541,8 +546,6 @@ def print_group(results, *, profile):
         print(f"  {result['side']}: " + ", ".join(f"{name} {value:g}" for name, value in result["work"].items()))
         if result["stages"]:
             print("  time of ops: " + ", ".join(f"{stage} {share:.1%}" for stage, _, share in result["stages"]))
-        for kind, seconds, share in result["ops"][: 15 if profile else 0]:
-            print(f"    {kind:<28} {seconds:8.3f} s {share:6.1%}")
     if len(results) == 2 and results[0]["work"] == results[1]["work"]:
         print(f"  ratio {results[1]['s/img'] / results[0]['s/img']:.2f}: torchvision's time over ours")
     elif len(results) == 2:

@@ -1,9 +1,9 @@
-"""How long the end of an evaluation takes: masks into results, and results into COCO's metrics.
+"""Measures the speed of the end of an evaluation: from masks to results, and from results to COCO's metrics.
 
     python -m tools.benchmark_evaluation                           5,000 images of 100 detections, as many as COCO's val
-    python -m tools.benchmark_evaluation --vs pycocotools          its time for the same, and whether the numbers agree
+    python -m tools.benchmark_evaluation --vs pycocotools          also times pycocotools, and compares the metrics
 
-Images, objects and detections are made up: 480 x 640 pixels, 80 classes, boxes as large as COCO's objects.
+Images, objects and detections are synthetic: 480 x 640 pixels, 80 classes, boxes of the sizes of COCO's objects.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-import boxes
-import metrics
+from common import boxes as np_boxes
+from common.rle import paste_rle, rle_areas
+from evaluation import metrics
 
 HEIGHT, WIDTH, CLASSES, OBJECTS, DETECTIONS, CELLS = 480, 640, 80, 7, 100, 28
 # The square roots of the areas of COCO's objects are about log-normal: a quarter below 24 pixels, a quarter above 104.
@@ -32,7 +33,7 @@ MEDIAN_SIDE, SPREAD = 50, 1.08
 
 
 def random_boxes(rng, count):
-    """Boxes float32 [count, 4] of COCO's sizes, somewhere in the image."""
+    """Boxes float32 [count, 4] of COCO's sizes, anywhere in the image."""
     sides = MEDIAN_SIDE * np.exp(rng.normal(0, SPREAD, (count, 1)) + rng.normal(0, 0.35, (count, 2)))
     sides = np.minimum(sides, (WIDTH, HEIGHT))
     corners = rng.uniform(0, 1, (count, 2)) * ((WIDTH, HEIGHT) - sides)
@@ -40,7 +41,7 @@ def random_boxes(rng, count):
 
 
 def random_masks(rng, count):
-    """Masks as a network predicts them, float32 [count, CELLS, CELLS]: blobs with an uneven rim."""
+    """Masks like those of a network, float32 [count, CELLS, CELLS] in [0, 1]: blobs with an uneven rim."""
     rows, columns = (np.mgrid[:CELLS, :CELLS] - (CELLS - 1) / 2) / (CELLS / 2)
     noise = [cv2.GaussianBlur(rng.normal(size=(CELLS, CELLS)), (0, 0), 4) for _ in range(count)]
     logits = 8 * (0.9 - np.hypot(rows, columns)) + 2 * np.array(noise) / np.std(noise)
@@ -48,7 +49,7 @@ def random_masks(rng, count):
 
 
 def random_data(num_images):
-    """A ground truth (a dict in COCO's format) and results: half of them are objects moved a little."""
+    """A ground truth, a dict in COCO's format, and results, a list; half of these are slightly displaced objects."""
     rng = np.random.default_rng(0)
     truth = {"info": {}, "images": [], "annotations": [], "categories": []}
     truth["categories"] = [{"id": n, "name": f"class {n}"} for n in range(1, CLASSES + 1)]
@@ -62,23 +63,24 @@ def random_data(num_images):
         found = np.concatenate([moved, random_boxes(rng, others)])
         found_labels = np.concatenate([labels[picks], rng.integers(1, CLASSES + 1, others)])
         for result in _results(rng, image_id, true, labels):
-            area = float(boxes.rle_areas([result["segmentation"]])[0])
+            area = float(rle_areas([result["segmentation"]])[0])
             truth["annotations"].append({**result, "id": len(truth["annotations"]) + 1, "area": area, "iscrowd": 0})
-        results += _results(rng, image_id, boxes.clip(found, HEIGHT, WIDTH).astype(np.float32), found_labels)
+        results += _results(rng, image_id, np_boxes.clip(found, HEIGHT, WIDTH).astype(np.float32), found_labels)
     return truth, results
 
 
 def _results(rng, image_id, boxes_xyxy, labels):
-    rles = boxes.paste_rle(random_masks(rng, len(labels)), boxes_xyxy, HEIGHT, WIDTH)
+    """Results of an image in COCO's format, with random masks and scores."""
+    rles = paste_rle(random_masks(rng, len(labels)), boxes_xyxy, HEIGHT, WIDTH)
     rows = zip(
-        boxes.xyxy_to_xywh(boxes_xyxy).tolist(), labels.tolist(), rng.random(len(labels)).round(3).tolist(), rles
+        np_boxes.xyxy_to_xywh(boxes_xyxy).tolist(), labels.tolist(), rng.random(len(labels)).round(3).tolist(), rles
     )
     keys = ("bbox", "category_id", "score", "segmentation")
     return [{"image_id": image_id, **dict(zip(keys, row))} for row in rows]
 
 
 def time_masks(repeats):
-    """Rows of a table: milliseconds for the masks of one image, from the network's to run lengths."""
+    """Yields rows of a table: milliseconds to paste and encode the masks of one image, median, minimum, maximum."""
     rng = np.random.default_rng(1)
     masks = random_masks(rng, DETECTIONS)
     whole = np.tile(np.float32([[0, 0, WIDTH, HEIGHT]]), (DETECTIONS, 1))
@@ -86,13 +88,18 @@ def time_masks(repeats):
         times = []
         for _ in range(repeats):
             start = time.perf_counter()
-            boxes.paste_rle(masks, boxes_xyxy, HEIGHT, WIDTH)
+            paste_rle(masks, boxes_xyxy, HEIGHT, WIDTH)
             times.append(1e3 * (time.perf_counter() - start))
         yield name, f"{statistics.median(times):.1f}", f"{min(times):.1f}", f"{max(times):.1f}"
 
 
 def time_metrics(truth, results, kind, *, with_pycocotools):
-    """A row of a table, and the largest difference: seconds from results in memory to metrics, of both, their ratio."""
+    """Times the metrics of results in memory.
+
+    Returns:
+        a row of a table (kind, seconds; also pycocotools' seconds, the ratio, the difference), and the largest
+        difference of a precision, 0 without pycocotools
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.json"
         path.write_text(json.dumps(truth))
@@ -103,7 +110,7 @@ def time_metrics(truth, results, kind, *, with_pycocotools):
     row = (metrics.KINDS[kind], f"{ours:.1f}")
     if not with_pycocotools:
         return row, 0
-    truth, results = copy.deepcopy(truth), copy.deepcopy(results)  # which it changes
+    truth, results = copy.deepcopy(truth), copy.deepcopy(results)  # pycocotools changes them
     start = time.perf_counter()
     precision = run_pycocotools(truth, results, kind)
     theirs = time.perf_counter() - start
@@ -112,8 +119,8 @@ def time_metrics(truth, results, kind, *, with_pycocotools):
 
 
 def run_pycocotools(truth, results, kind):
-    """Its precisions [T, R, K, S], -1 where undefined."""
-    if kind == "segm":  # with a box in the result, it would take the box's area for the mask's
+    """The precisions of pycocotools, float64 [T, R, K, S], -1 where undefined."""
+    if kind == "segm":  # it would take the area of a box in the result for that of the mask
         for result in results:
             del result["bbox"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -127,7 +134,7 @@ def run_pycocotools(truth, results, kind):
 
 
 def main(arguments=None):
-    """Returns the exit code: 1 where pycocotools disagrees."""
+    """Runs the command; returns the exit code, 1 if pycocotools disagrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=30, help="of the masks of one image (default: %(default)s)")

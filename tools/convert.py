@@ -1,14 +1,13 @@
-"""Convert weights of other systems to this project's `.npz`, and back to torchvision's.
+"""Converts weights of other frameworks to this project's `.npz`, and back to torchvision's format.
 
     python -m tools.convert resnet50-0676ba61.pth ImageNet-R50.npz        torchvision, Detectron2 or Keras to ours
-    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to a state dict of torchvision's
+    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to torchvision's state dict
 
-The content of a file says what it is. The `.npz` carries the settings that the weights need; train.py and predict.py
-apply them. No PyTorch, Detectron2 or Keras is needed, and nothing that a file says is run.
+A file is recognised by its content, not its name. The `.npz` carries the settings that the weights need; train.py and
+predict.py apply them. PyTorch, Detectron2 and Keras are not needed, and no code in a weights file is ever executed.
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import re
@@ -17,12 +16,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-import checkpoint
+from common import checkpoint
+from common.files import Whole, check_unused, writing
 from config import Config, UserError, as_overrides
 from zoo import detectron2, files, keras, mapping, torchvision
 
 SYSTEMS = (torchvision, detectron2, keras)
-# Settings that the shapes of our variables tell: key, pattern of the name, axis.
+# Settings that follow from the shapes of our variables: key, pattern of the variable's name, axis.
 SIZES = (
     ("BACKBONE.WIDTH", r"conv0/W", 3),
     ("FPN.NUM_CHANNEL", r"fpn/lateral_1x1_c2/W", 3),
@@ -39,20 +39,19 @@ def parse_arguments(arguments=None):
     parser.add_argument("source", type=Path, help=".pth, .pkl, .h5 or .keras; with --to our checkpoint")
     parser.add_argument("output", type=Path, help="new file")
     parser.add_argument(
-        "--allow-leftover", action="store_true", help="convert though the file holds more than it should"
+        "--allow-leftover", action="store_true", help="convert a file that holds more arrays than the model needs"
     )
-    parser.add_argument("--to", choices=["torchvision"], help="write a state dict of this system")
-    parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO has")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to carry, where the file can't tell"
-    )
+    parser.add_argument("--to", choices=["torchvision"], help="write a state dict of this framework")
+    parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO uses")
+    set_help = "settings to carry in place of those that the tool assumes"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=set_help)
     return parser.parse_args(arguments)
 
 
 def main(arguments):
+    """Converts in the direction that the arguments choose."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if arguments.output.exists():
-        raise UserError(f"{arguments.output} exists already: name another file, or move it away")
+    check_unused(arguments.output)
     if arguments.to:
         export_weights(arguments)
     else:
@@ -60,9 +59,11 @@ def main(arguments):
 
 
 def export_weights(arguments):
-    """Ours to torchvision's."""
+    """Converts our weights to torchvision's."""
+    from common import weights  # starts TensorFlow, which the other direction does not need
+
     path = checkpoint.resolve(arguments.source)
-    values, settings = checkpoint.read(path), Config()
+    values, settings = weights.read(path), Config()
     if config_file := checkpoint.find_config(path):
         settings.load(config_file)
     settings.adopt(checkpoint.carried_settings(path), source=path)
@@ -76,7 +77,7 @@ def export_weights(arguments):
 
 
 def print_table(arrays, model, values):
-    """What maps to what, and what else there is to say."""
+    """Prints the pairs of arrays and variables, and the notes of the model."""
     rows = [(p.theirs, list(arrays[p.theirs].shape), p.ours, list(values[p.ours].shape)) for p in model.pairs]
     rows += [("(none)", "", name, list(value.shape)) for name, value in model.added.items()]
     print(tabulate(rows, headers=("theirs", "shape", "ours", "shape")))
@@ -85,9 +86,9 @@ def print_table(arrays, model, values):
 
 
 def import_weights(arguments):
-    """Theirs to ours."""
+    """Converts weights of another framework to ours."""
     if arguments.output.suffix != ".npz":
-        raise UserError(f"{arguments.output}: the result is a .npz")
+        raise UserError(f"{arguments.output}: the output must be a .npz")
     arrays = _without_wrapping(files.read(arguments.source))
     sha256 = _sha256(arguments.source)
     try:
@@ -107,11 +108,17 @@ def import_weights(arguments):
 
 
 def recognise(arrays, **options):
-    """The Model of the first system that knows the names."""
+    """The mapping.Model of the first framework that knows the names of the arrays.
+
+    Args:
+        options: keywords of the frameworks' `recognise`.
+    Raises:
+        MappingError: no framework knows the names, or their shapes fit no model.
+    """
     for system in SYSTEMS:
         try:
             model = system.recognise(arrays, **options)
-        except (ValueError, IndexError, TypeError) as error:  # what comes of unpacking shapes that no model has
+        except (ValueError, IndexError, TypeError) as error:  # raised on shapes that no model has
             raise mapping.MappingError(f"it has names of a known model, but other shapes: {error}") from error
         if model:
             return model
@@ -119,7 +126,7 @@ def recognise(arrays, **options):
 
 
 def _without_wrapping(arrays):
-    """The arrays of the model alone, where a training checkpoint wraps it: "model/conv1.weight" and optimizer state."""
+    """The arrays of the model alone, without the folder and the optimizer's state of a training checkpoint."""
     for folder in ("model/", "state_dict/", "blobs/"):
         inner = {name.removeprefix(folder): x for name, x in arrays.items() if name.startswith(folder)}
         if inner:
@@ -128,7 +135,7 @@ def _without_wrapping(arrays):
 
 
 def _sizes(values):
-    """The settings of SIZES that are not the defaults."""
+    """The settings of SIZES that differ from the defaults."""
     found = {
         key: x.shape[axis] for key, pattern, axis in SIZES for name, x in values.items() if re.fullmatch(pattern, name)
     }
@@ -138,12 +145,12 @@ def _sizes(values):
 
 
 def _with_overrides(settings, overrides):
-    """The settings, all of them checked, with what --set says."""
+    """The settings with those of --set, all checked."""
     checked = Config()
     checked.adopt(settings, source="the converter")
     checked.update(overrides)
-    given = {text.partition("=")[0].strip() for text in overrides}
-    return {key: checked.value(key) for key in [*settings, *sorted(given - set(settings))]}
+    set_keys = {text.partition("=")[0].strip() for text in overrides}
+    return {key: checked.value(key) for key in [*settings, *sorted(set_keys - set(settings))]}
 
 
 def _sha256(path):
@@ -155,16 +162,9 @@ def _sha256(path):
 
 
 def _write(path, write):
-    """Write a new file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} can't be written: {error.strerror}") from error
+    """Writes a new file, whole or not at all. write: function of an open binary file."""
+    with Whole(path) as whole, writing(path), open(whole.part, "wb") as file:
+        write(file)
 
 
 if __name__ == "__main__":

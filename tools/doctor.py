@@ -1,16 +1,15 @@
-"""Examine a data set in COCO's format: what a training would refuse, leave out, or never see, and why.
+"""Examines a data set in COCO's format: reports what training would reject, drop or never see, and why.
 
-    python -m tools.doctor annotations.json images/                       every image is decoded; --no-decode: headers
-    python -m tools.doctor train.json images/ --other val.json            do both have the same classes?
-    python -m tools.doctor annotations.json images/ --fix clean.json      a copy without what is wrong
-    python -m tools.doctor annotations.json images/ --show pages/         thumbnails with what is annotated
+    python -m tools.doctor annotations.json images/                       decodes every image; --no-decode: headers only
+    python -m tools.doctor train.json images/ --other val.json            also compares the classes of two files
+    python -m tools.doctor annotations.json images/ --fix clean.json      writes a copy without the faults
+    python -m tools.doctor annotations.json images/ --show pages/         writes thumbnails with their annotations
 
-The rules are those of the training (dataset/rules.py, data.py). Exit code: 0 clean, 4 errors, 2 wrong arguments.
+The rules are those of training (dataset/rules.py, dataset/images.py). Exit code: 0 clean, 4 errors, 2 wrong arguments.
 """
 
 import argparse
 import collections
-import contextlib
 import html
 import itertools
 import json
@@ -25,39 +24,39 @@ import numpy as np
 from tabulate import tabulate
 from tqdm import tqdm
 
-import boxes
-import data
-import viz
-from config import UserError, config
+from common import boxes as np_boxes
+from common import viz
+from common.errors import ImageError
+from common.files import check_unused, write_whole
+from common.rle import MIN_POLYGON_POINTS, segmentation_to_mask
+from config import UserError, config, largest_edge
 from dataset import DatasetError, class_difference, rules
-from dataset.coco import gc_paused, read_annotations, read_json
+from dataset.coco import Annotations, gc_paused, read_annotations, read_json
+from dataset.images import image_size, load_image, load_record_image, resized_shape, size_problem
 
 NAMED = 10  # findings of one rule that the report lists; --json lists all
 THUMBNAILS, THUMBNAIL_EDGE = 60, 640  # pictures of --show, and their long edge in pixels
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-# Anchors that overlap an object less become foreground only as its best ones.
+# An anchor with a lower IoU becomes foreground only as the best one of its object.
 FEW_ANCHORS_IOU = 0.5
-MANY_WITH_FEW_ANCHORS = 0.2  # share of the objects from which on other anchors are worth a thought; COCO has 0.12
+MANY_WITH_FEW_ANCHORS = 0.2  # share of objects above which the report suggests other anchors; COCO has 0.12
 
 
 class Examined(NamedTuple):
-    """What has been found.
+    """The content of a data set, and the findings about it."""
 
-    content: of the json. annotations: dataset.coco.Annotations, without the entries that cannot be used.
-    findings: list of rules.Finding. statistics: dict, see `statistics_of`.
-    """
+    content: dict  # of the json
+    annotations: Annotations  # without the entries that cannot be used
+    findings: list[rules.Finding]
+    statistics: dict  # see `statistics_of`
 
-    content: dict
-    annotations: tuple
-    findings: list
-    statistics: dict
-
-    def errors(self):
-        """The findings that a training refuses or leaves out."""
+    def errors(self) -> list[rules.Finding]:
+        """The findings because of which training rejects the data set or drops an entry."""
         return [finding for finding in self.findings if is_error(finding)]
 
 
 def is_error(finding):
+    """Whether a Finding is more than a note in the configured mode."""
     return finding.level != rules.NOTED and (config.MODE_MASK or finding.rule != rules.NO_MASK)
 
 
@@ -77,7 +76,7 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments):
-    """Returns the exit code."""
+    """Runs the command; returns the exit code."""
     config.update(arguments.config)
     config.check()
     check_paths(arguments)
@@ -96,26 +95,24 @@ def main(arguments):
 
 
 def check_paths(arguments):
-    """UserError for what is missing or in the way, before any work."""
+    """Raises UserError if an input is missing or an output exists already."""
     for path, exists in ((arguments.annotations, os.path.isfile), (arguments.images, os.path.isdir)):
         if not exists(path):
             raise UserError(f"no {'annotation file' if exists is os.path.isfile else 'image directory'} {path}")
     if arguments.other and not os.path.isfile(arguments.other):
         raise UserError(f"no annotation file {arguments.other}")
     for path in filter(None, (arguments.fix, arguments.show and arguments.show / "index.html")):
-        if path.exists():
-            raise UserError(f"{path} exists already: name another one, or move it away")
+        check_unused(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ examining
 
 
 def examine(annotation_file, image_dir, *, decode):
-    """Apply all rules. The images of which nothing else is wrong are decoded, or only their headers read.
+    """Applies all rules; returns Examined.
 
-    Returns:
-        Examined
-
+    Args:
+        decode: whether to decode the images whose files exist, or only to read their headers.
     Raises:
         DatasetError: the file is not in COCO's format at all.
     """
@@ -134,27 +131,29 @@ def examine(annotation_file, image_dir, *, decode):
 
 
 def count_objects(records):
+    """The number of objects in all records."""
     return sum(len(record.labels) for record in records)
 
 
-def bar(what, unit):
-    """A function that shows a progress bar around an iterable."""
-    return lambda items: tqdm(items, desc=what, unit=unit, mininterval=0.5)
+def bar(title, unit):
+    """A function that wraps an iterable in a progress bar."""
+    return lambda items: tqdm(items, desc=title, unit=unit, mininterval=0.5)
 
 
 def say(text):
+    """Prints a line on standard error, apart from the report."""
     print(f"tools.doctor: {text}", file=sys.stderr, flush=True)
 
 
 def examine_images(records, file_names, *, decode):
-    """Findings of the images' files."""
+    """The findings about image files: unreadable ones, and those of another size than annotated."""
 
     def examine_image(record):
         try:
-            height, width = data.load_image(record.path).shape[:2] if decode else data.image_size(record.path)
-        except data.ImageError as error:
+            height, width = load_image(record.path).shape[:2] if decode else image_size(record.path)
+        except ImageError as error:
             return rules.Finding("unreadable", str(error), file_names[record.image_id])
-        problem = data.size_problem(record, height, width)
+        problem = size_problem(record, height, width)
         return rules.Finding("size", problem, file_names[record.image_id]) if problem else None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -166,7 +165,8 @@ def examine_images(records, file_names, *, decode):
 
 
 def statistics_of(annotations, findings):
-    """Counts of what the data set holds, as a dict ready for JSON; objects that vanish in training become findings."""
+    """Counts images, objects and classes: a JSON-serialisable dict. Appends findings on unused classes and on objects
+    that vanish at the training size."""
     records = annotations.records
     objects = collections.Counter(label for record in records for label in record.labels[~record.is_crowd].tolist())
     crowds = collections.Counter(label for record in records for label in record.labels[record.is_crowd].tolist())
@@ -192,19 +192,19 @@ def statistics_of(annotations, findings):
 
 
 def training_statistics(annotations, findings):
-    """Sizes at which training sees the objects, beside the anchors; None where there are no objects."""
-    if config.PREPROC.TRAIN_CROP_SIZE:  # the scale about which large-scale jitter varies
+    """The sizes of the objects at the training size, compared with the anchors: a dict, or None without objects."""
+    if config.PREPROC.TRAIN_CROP_SIZE:  # large-scale jitter varies about this scale
         short_edge = max_size = config.PREPROC.TRAIN_CROP_SIZE
     else:
         short_edge = int(np.min(config.PREPROC.TRAIN_SHORT_EDGE_SIZE))
-        max_size, _ = data.network_geometry()
+        max_size = largest_edge(config)
     sizes = []
     for index, record in enumerate(annotations.records):
-        height, width = data.resized_shape(record.height, record.width, short_edge=short_edge, max_size=max_size)
+        height, width = resized_shape(record.height, record.width, short_edge=short_edge, max_size=max_size)
         faults = annotations.faults.get(index) or [""] * len(record.labels)
         is_used = ~record.is_crowd & np.array([not f or f == rules.NO_MASK for f in faults], bool)
         sides = (record.boxes_xyxy[:, 2:] - record.boxes_xyxy[:, :2]) * (width / record.width, height / record.height)
-        for side in sides[is_used & (sides.prod(axis=1) <= boxes.MIN_BOX_AREA)]:
+        for side in sides[is_used & (sides.prod(axis=1) <= np_boxes.MIN_BOX_AREA)]:
             name = annotations.file_names[record.image_id]
             text = f"an object in {name} is {side[0]:.2f} x {side[1]:.2f} pixels large in training"
             findings.append(rules.Finding("vanishing", text, name))
@@ -226,8 +226,9 @@ def training_statistics(annotations, findings):
 
 
 def best_anchors(sizes):
-    """Of objects [G, 2] (width, height): the highest IoU with an anchor of the same centre [G], and its size [G]."""
-    anchors = boxes.base_anchors(config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS)
+    """The highest IoU of each object, float [G, 2] (width, height), with an anchor of the same centre, and the size of
+    that anchor: two arrays [G]."""
+    anchors = np_boxes.base_anchors(config.RPN.ANCHOR_SIZES, config.RPN.ANCHOR_RATIOS)
     anchors = anchors[:, 2:] - anchors[:, :2]
     common = np.minimum(sizes[:, None], anchors).prod(axis=2)
     iou = common / (sizes.prod(axis=1)[:, None] + anchors.prod(axis=1) - common)
@@ -236,7 +237,7 @@ def best_anchors(sizes):
 
 
 def compare_classes(examined, other):
-    """How the classes of another json differ, in words; "" where they don't."""
+    """A text on how the classes of another json differ; "" if they are equal."""
     findings = []
     categories = dict(sorted(rules.check_categories(read_json(other)["categories"], findings).items()))
     if broken := [finding.text for finding in findings if finding.level == rules.REFUSED]:
@@ -248,7 +249,7 @@ def compare_classes(examined, other):
 
 
 def as_dict(examined, difference, arguments):
-    """The report for --json."""
+    """The report for --json, a dict."""
     by_rule = group(examined.findings)
     return {
         "annotations": arguments.annotations,
@@ -269,7 +270,7 @@ def as_dict(examined, difference, arguments):
 
 
 def group(findings):
-    """{rule: list of its findings}, in the order of RULES."""
+    """Groups findings by rule: {rule: list}, in the order of RULES."""
     found = collections.defaultdict(list)
     for finding in findings:
         found[finding.rule].append(finding)
@@ -277,7 +278,7 @@ def group(findings):
 
 
 def as_text(examined, difference, arguments):
-    """The report for people."""
+    """The report as text."""
     statistics = examined.statistics
     lines = [
         f"{arguments.annotations}: {rules.count(statistics['images'], 'image')} "
@@ -301,11 +302,13 @@ def as_text(examined, difference, arguments):
 
 
 def class_table(classes):
+    """A table of the classes in the statistics, as text."""
     rows = [(each["id"], each["name"], each["objects"], each["crowds"], each["images"]) for each in classes]
     return tabulate(rows, ["id", "class", "objects", "crowds", "images"], tablefmt="simple")
 
 
 def training_text(training):
+    """Lines on `training_statistics`."""
     if training is None:
         return "no object to train on"
     percentiles = ", ".join(f"{p} {value:g}" for p, value in training["sqrt_area"].items())
@@ -327,10 +330,10 @@ def training_text(training):
 
 
 def fix(examined, image_dir, path):
-    """Write a copy of the json without what is wrong; say what was done.
+    """Writes a copy of the json without the faults; returns a line on what it kept.
 
-    Broken images and objects go, with the objects of the images; boxes are clipped; repeated annotation ids get new
-    ones; missing areas are filled in, and areas of up to 1 pixel computed anew; polygons without an area go.
+    It removes broken images with their objects, broken objects, and polygons without an area. It clips boxes, replaces
+    repeated annotation ids, and computes areas that are missing or at most 1 pixel.
     """
     content = dict(examined.content)
     content["annotations"] = with_own_ids(content["annotations"])
@@ -358,18 +361,18 @@ def fix(examined, image_dir, path):
 
 
 def with_own_ids(entries):
-    """Annotations with a new id in place of a missing or repeated one."""
+    """The annotations, with a new id in place of each missing or repeated one."""
     taken = {e["id"] for e in entries if isinstance(e, dict) and type(e.get("id")) is int}
-    free, seen, kept = itertools.count(max(taken, default=0) + 1), set(), []
+    free, used, kept = itertools.count(max(taken, default=0) + 1), set(), []
     for entry in filter(lambda entry: isinstance(entry, dict), entries):
-        has_own = type(entry.get("id")) is int and entry["id"] not in seen
+        has_own = type(entry.get("id")) is int and entry["id"] not in used
         kept.append(entry if has_own else {**entry, "id": next(free)})
-        seen.add(kept[-1]["id"])
+        used.add(kept[-1]["id"])
     return kept
 
 
 def unique_images(entries):
-    """The first image of each id and of each file_name."""
+    """The images without those whose id or file_name an earlier one has."""
     ids, names, kept = set(), set(), []
     for entry in filter(is_image, entries):
         if entry["id"] not in ids and entry["file_name"] not in names:
@@ -380,18 +383,24 @@ def unique_images(entries):
 
 
 def is_image(entry):
+    """Whether an entry has an id and a file_name of the right types."""
     return isinstance(entry, dict) and type(entry.get("id")) is int and type(entry.get("file_name")) is str
 
 
 def is_category(entry):
+    """Whether an entry has an id and a name of the right types."""
     return isinstance(entry, dict) and type(entry.get("id")) is int and type(entry.get("name")) is str
 
 
 def clean(entry, image, *, needs_mask):
-    """A copy of a usable annotation that breaks no rule; None if there is none. `needs_mask`: it must have one."""
+    """Repairs a usable annotation: a copy that breaks no rule, or None if that is impossible.
+
+    Args:
+        needs_mask: whether an object without a segmentation is broken.
+    """
     height, width = image["height"], image["width"]
-    raw = boxes.xywh_to_xyxy(np.array(entry["bbox"], np.float64))
-    box = boxes.clip(raw, height, width)
+    raw = np_boxes.xywh_to_xyxy(np.array(entry["bbox"], np.float64))
+    box = np_boxes.clip(raw, height, width)
     entry = {"iscrowd": 0, **entry}
     if entry["iscrowd"] is None:
         entry["iscrowd"] = 0
@@ -399,50 +408,44 @@ def clean(entry, image, *, needs_mask):
         entry["segmentation"] = [
             polygon
             for polygon in entry["segmentation"]
-            if not isinstance(polygon, list)  # broken: a rule says so below
-            or (len(polygon) >= 2 * boxes.MIN_POLYGON_POINTS and len(polygon) % 2 == 0)
+            if not isinstance(polygon, list)  # broken: check_objects reports it below
+            or (len(polygon) >= 2 * MIN_POLYGON_POINTS and len(polygon) % 2 == 0)
         ]
     findings = []
-    probe = {**entry, "area": entry.get("area") if (entry.get("area") or 0) > boxes.MIN_BOX_AREA else None}
+    probe = {**entry, "area": entry.get("area") if (entry.get("area") or 0) > np_boxes.MIN_BOX_AREA else None}
     objects = rules.check_objects(image, [probe], findings)
     if any(finding.rule == "segmentation" for finding in findings) or is_dropped(objects.faults[0], entry, needs_mask):
         return None
     if probe["area"] is None:
-        mask = boxes.segmentation_to_mask(objects.segmentations[0], height, width)
-        entry["area"] = float(mask.sum() or boxes.area(box)[0])
-        if entry["area"] <= boxes.MIN_BOX_AREA:
+        mask = segmentation_to_mask(objects.segmentations[0], height, width)
+        entry["area"] = float(mask.sum() or np_boxes.area(box)[0])
+        if entry["area"] <= np_boxes.MIN_BOX_AREA:
             return None
     if np.any(box != raw):
-        entry["bbox"] = boxes.xyxy_to_xywh(box)[0].tolist()
+        entry["bbox"] = np_boxes.xyxy_to_xywh(box)[0].tolist()
     return entry
 
 
 def is_dropped(fault, entry, needs_mask):
-    """Objects marked as `ignore` stay, and those of a data set without segmentations."""
+    """Whether a fault removes the object. `ignore` does not, nor a missing mask in a data set without segmentations."""
     return fault not in ("", "ignore") and (needs_mask or fault != rules.NO_MASK or not rules.lacks_segmentation(entry))
 
 
 def write_json(content, path):
-    """Write a new file; a failure leaves none."""
+    """Writes a new file, whole or not at all."""
     try:
         text = json.dumps(content, allow_nan=False)
     except ValueError:
-        raise UserError(f"{path} was not written: a number that is not finite is left in what no rule covers") from None
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        if not isinstance(error, FileExistsError):
-            with contextlib.suppress(OSError):
-                os.remove(path)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        problem = "a field that no rule covers holds a number that is not finite: correct it in the source"
+        raise UserError(f"{path} was not written: {problem}") from None
+    write_whole(path, text, overwrite=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- showing
 
 
 def show(examined, image_dir, directory):
-    """Write a page of thumbnails, images with findings first; say where."""
+    """Writes a page of thumbnails, images with findings first; returns a line that names it."""
     texts = collections.defaultdict(list)
     for finding in examined.findings:
         texts[finding.file_name].append(finding.text)
@@ -452,16 +455,11 @@ def show(examined, image_dir, directory):
     count = min(len(others), THUMBNAILS - len(first))
     shown = first + [others[index] for index in np.linspace(0, len(others) - 1, count).astype(int)]
     figures = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for number, record in enumerate(bar("thumbnails", "image")(shown), start=1):
-            name = file_names[record.image_id]
-            figures.append(figure(record, examined, directory / f"{number:03d}.jpg", name, texts[name]))
-        page = PAGE.format(title=html.escape(os.path.basename(image_dir.rstrip("/"))), figures="\n".join(figures))
-        with open(directory / "index.html", "x", encoding="utf-8") as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f"cannot write {directory}: {error.strerror}") from error
+    for number, record in enumerate(bar("thumbnails", "image")(shown), start=1):
+        name = file_names[record.image_id]
+        figures.append(figure(record, examined, directory / f"{number:03d}.jpg", name, texts[name]))
+    page = PAGE.format(title=html.escape(os.path.basename(image_dir.rstrip("/"))), figures="\n".join(figures))
+    write_whole(directory / "index.html", page, overwrite=False)
     return f"{directory / 'index.html'}: {len(shown)} of {len(records)} images, {len(first)} of them with findings"
 
 
@@ -482,24 +480,23 @@ figcaption {{ overflow-wrap: anywhere }} .finding {{ color: #b00020 }}
 
 
 def figure(record, examined, path, name, texts):
-    """The HTML of one image, whose thumbnail is written; without a picture where it cannot be read."""
+    """Writes the thumbnail of one image; returns its HTML, without a picture if the image cannot be read."""
     caption = f"{html.escape(name)}: {rules.count(len(record.labels), 'object')}"
     for text in texts[:NAMED]:
         caption += f'<div class="finding">{html.escape(text)}</div>'
     try:
-        image = data.load_record_image(record)
-    except data.ImageError:
+        image = load_record_image(record)
+    except ImageError:
         return f"<figure><figcaption>{caption}</figcaption></figure>"
     picture = viz.draw_ground_truth(image, record, list(examined.annotations.categories.values()))
     scale = min(1.0, THUMBNAIL_EDGE / max(picture.shape[:2]))
     picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    with open(path, "xb") as file:
-        file.write(cv2.imencode(".jpg", picture)[1].tobytes())
+    write_whole(path, cv2.imencode(".jpg", picture)[1].tobytes(), overwrite=False)
     return f'<figure><img src="{path.name}" alt=""><figcaption>{caption}</figcaption></figure>'
 
 
 def run_program():
-    """What the command does: returns its exit code."""
+    """Runs the command; returns its exit code."""
     try:
         return main(parse_arguments())
     except DatasetError as error:

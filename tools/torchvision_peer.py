@@ -1,4 +1,4 @@
-"""torchvision's Mask R-CNN R50-FPN, doing the work that tools/benchmark.py measures ours at. An optional dependency."""
+"""torchvision's Mask R-CNN R50-FPN, with the same work as ours in tools/benchmark.py. Needs PyTorch and torchvision."""
 
 import torch
 from torchvision.models.detection import MaskRCNN
@@ -12,7 +12,7 @@ if torch.cuda.is_available():
 
 
 def make_model(case, **options):
-    """Stem and first stage frozen, frozen batch norm, our number of classes and our settings of the RPN."""
+    """Makes the model: stem and first stage frozen, frozen batch norm, our number of classes and RPN settings."""
     backbone = resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
@@ -21,17 +21,17 @@ def make_model(case, **options):
 
 
 def autocast(case):
-    """Mixed precision as PyTorch does it on a CPU."""
+    """PyTorch's mixed precision on a CPU, a context manager; without effect in float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bfloat16")
 
 
 def as_tensors(images):
-    """uint8 BGR [N, H, W, 3] -> list of float32 RGB [3, H, W] in 0..1"""
+    """Converts images, uint8 [N, H, W, 3] BGR, to a list of tensors, float32 [3, H, W] RGB in [0, 1]."""
     return [torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1).float() / 255 for image in images]
 
 
 def counter(work, name, count):
-    """A hook that notes, per call of a module, a number that it computes from the arguments and the output."""
+    """A hook of a module that sets work[name] = count(inputs, output) at each call of it."""
 
     def hook(module, inputs, output):
         work[name] = count(inputs, output)
@@ -40,7 +40,7 @@ def counter(work, name, count):
 
 
 def prepare_inference(case, batch):
-    """From images to detections with masks pasted into them."""
+    """Prepares inference: from images to detections with pasted masks. Returns (run, work)."""
     model = make_model(case).eval()
     images, work = as_tensors(batch["image"]), {}
     heads = model.roi_heads
@@ -67,7 +67,7 @@ def prepare_inference(case, batch):
 
 
 def prepare_training(case, batch):
-    """A step on the same batch again and again: losses, gradients and the update."""
+    """Prepares training steps on one and the same batch: losses, gradients and the update. Returns (run, work)."""
     model = make_model(case, box_fg_iou_thresh=case.foreground_iou, box_bg_iou_thresh=case.foreground_iou).train()
     work = {}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -115,7 +115,7 @@ def prepare_training(case, batch):
 
 
 def draw_weights(model):
-    """Give the RPN, which decides what is picked, other random weights."""
+    """Gives the RPN, which determines the proposals, other random weights."""
     for layer in model.rpn.head.modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.normal_(layer.weight, std=0.01)

@@ -1,1 +1,1 @@
-"""Weights of other systems: their files, and how their names, layouts and conventions map to ours."""
+"""Weights of other frameworks: reads their files, and maps their names, layouts and conventions to ours."""

@@ -1,4 +1,4 @@
-"""COCO's classes, for the detectors that others have trained on them: their files hold no names."""
+"""COCO's classes, for detectors of other frameworks trained on them: their files contain no names."""
 
 NAMES = tuple(
     """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
@@ -10,11 +10,12 @@ NAMES = tuple(
     teddy bear, hair drier, toothbrush""".replace("\n   ", "").split(", ")
 )
 LAST_ID = 90
+# The category ids of NAMES, in their order.
 IDS = tuple(i for i in range(1, LAST_ID + 1) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 
 
-def settings(num_classes):
-    """What a detector of so many classes, without background, carries; if it is COCO's number, their names, too."""
+def settings(num_classes: int) -> dict[str, object]:
+    """The settings {key: value} of a detector of C = `num_classes` classes; with COCO's names if COCO has as many."""
     if num_classes == len(NAMES):
         return {"DATA.NUM_CATEGORY": num_classes, "DATA.CLASS_NAMES": ["BG", *NAMES]}
     return {"DATA.NUM_CATEGORY": num_classes}

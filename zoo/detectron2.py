@@ -1,8 +1,8 @@
 """Detectron2's ResNets and its Faster, Mask and Cascade R-CNN (C4 and FPN), and the ResNets of Detectron before it.
 
-Files hold neither the stride's place nor, mostly, the pixel statistics: both are taken from what the model zoo's
-configurations say for such weights, and said. Images are BGR, unless the pixel statistics in the file say RGB.
-The background class comes last, and has no box.
+Files do not contain the position of the stride, and rarely the pixel statistics. Both are taken from the model zoo's
+configurations for such weights, and a note states so. Images are BGR, unless the pixel statistics in the file are in
+RGB order. The background class is the last one, and has no box.
 """
 
 import re
@@ -15,7 +15,7 @@ from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, LINEAR, SAME, Model, Pair,
 FROZEN_NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
 AFFINE = {"gamma": "weight", "beta": "bias"}
 EPSILON = 1e-5
-# Red, green, blue; by where the backbone was trained.
+# Pixel statistics (red, green, blue) and the position of the stride, by the origin of the backbone.
 MSRA = {
     "BACKBONE.STRIDE_1X1": True,
     "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -23,7 +23,7 @@ MSRA = {
 }
 FAIR_GN = {**MSRA, "BACKBONE.STRIDE_1X1": False}
 FAIR_RESNEXT = {**FAIR_GN, "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375]}
-TORCHVISION = FAIR_RESNEXT  # of the same numbers, but for RGB
+TORCHVISION = FAIR_RESNEXT  # the same numbers, but the input is RGB
 
 
 def recognise(arrays, **unused):
@@ -37,7 +37,12 @@ def recognise(arrays, **unused):
 
 
 class _Names:
-    """What a file holds, by the names of Detectron2; `in_file` has Detectron's, if those are in the file."""
+    """The arrays of a file by Detectron2's names, even if the file has Detectron's.
+
+    Attributes:
+        arrays: dict by the file's names. prefix: of the backbone's names. is_caffe2: whether the names are Detectron's.
+        is_group_norm: whether the backbone has GroupNorm, not batch norm.
+    """
 
     def __init__(self, arrays, prefix):
         self.arrays, self.prefix = arrays, prefix
@@ -47,7 +52,7 @@ class _Names:
         )
 
     def in_file(self, name):
-        """The file's name for Detectron2's name of a backbone's array."""
+        """The file's name of a backbone's array that Detectron2 calls `name`."""
         if not self.is_caffe2:
             return name
         norm = "gn" if self.is_group_norm else "bn"
@@ -60,6 +65,7 @@ class _Names:
         return self.in_file(name) in self.arrays
 
     def shape(self, name):
+        """The shape of the array that Detectron2 calls `name`."""
         return self.arrays[self.in_file(name)].shape
 
 
@@ -67,12 +73,12 @@ class _Names:
 
 
 def _stage(stage, prefix, *, is_c4=False):
-    """Where the blocks of stage 0..3 are: C4 has the last one in its head."""
+    """The folder of the blocks of a stage 0..3; in C4 the last stage belongs to the head."""
     return f"roi_heads.res{stage + 2}" if is_c4 and stage == 3 else f"{prefix}res{stage + 2}"
 
 
 def _architecture(names, *, is_c4):
-    """(BACKBONE.NAME, blocks per stage, convolutions per block), from names and shapes."""
+    """Derives (BACKBONE.NAME, blocks per stage, convolutions per block) from names and shapes."""
     num_blocks = []
     for stage in range(4):
         folder, count = _stage(stage, names.prefix, is_c4=is_c4), 0
@@ -86,7 +92,7 @@ def _architecture(names, *, is_c4):
 
 
 def _norm_layer(ours, theirs, names, layout=CONVOLUTION):
-    """The pairs of a backbone's convolution and its norm."""
+    """The pairs of a backbone's convolution and of its norm."""
     scope = "gn" if names.is_group_norm else "bn"
     leaves = AFFINE if names.is_group_norm or names.is_caffe2 else FROZEN_NORM
     pairs = [Pair(f"{ours}/{scope}/{leaf}", names.in_file(f"{theirs}.norm.{x}"), SAME) for leaf, x in leaves.items()]
@@ -107,7 +113,7 @@ def _backbone_pairs(names, num_blocks, num_convolutions, *, is_rgb, is_c4=False)
 
 
 def _statistics_without_effect(pairs, names):
-    """Detectron's batch norm is only a scale and a shift: ours gets the statistics under which it is."""
+    """Statistics without effect, by name: Detectron's batch norm is a scale and a shift only, and has none."""
     if names.is_group_norm or not names.is_caffe2:
         return {}
     added = {}
@@ -120,23 +126,21 @@ def _statistics_without_effect(pairs, names):
 
 
 def _pixels(names, backbone_name):
-    """Pixel statistics and the stride's place; whether the input is RGB; and what to say about it."""
+    """The settings of pixel statistics and stride, whether the input is RGB, and a note on these assumptions."""
     stored = [names.arrays.get(f"pixel_{x}") for x in ("mean", "std")]
-    trained = "MSRA's ResNets"
-    settings = MSRA
+    origin, settings, is_rgb = "MSRA's ResNets", MSRA, False
     if backbone_name.startswith("resnext"):
-        trained, settings = "FAIR's ResNeXts", FAIR_RESNEXT
+        origin, settings = "FAIR's ResNeXts", FAIR_RESNEXT
     elif names.is_group_norm:
-        trained, settings = "FAIR's ResNets with GroupNorm", FAIR_GN
+        origin, settings = "FAIR's ResNets with GroupNorm", FAIR_GN
     elif "stem.conv1.norm.running_mean" in names.arrays:
-        trained, settings = "torchvision's ResNets", TORCHVISION
-    is_rgb = settings is TORCHVISION and trained.startswith("torchvision")
+        origin, settings, is_rgb = "torchvision's ResNets", TORCHVISION, True
     if all(x is not None and x.size == 3 for x in stored):
         mean, std = (x.ravel().tolist() for x in stored)
         is_rgb = mean[0] > mean[2]  # ImageNet has more red than blue
         order = slice(None) if is_rgb else slice(None, None, -1)
         settings = {**settings, "PREPROC.PIXEL_MEAN": mean[order], "PREPROC.PIXEL_STD": std[order]}
-    text = f"the file doesn't say where the stride is, nor mostly the pixels' statistics: taken as for {trained}; "
+    text = f"the stride's position, and pixel statistics that the file lacks, are assumed to be those of {origin}; "
     return settings, is_rgb, text + "other weights need --set BACKBONE.STRIDE_1X1=... PREPROC.PIXEL_STD=..."
 
 
@@ -169,7 +173,7 @@ def _backbone(names):
 
 
 def _no_weights(arrays):
-    """Names of counters, constants and, in MSRA's files, a bias that Detectron doesn't use."""
+    """Names of arrays that are no weights: counters, constants, and a bias in MSRA's files that Detectron ignores."""
     return frozenset(
         name
         for name in arrays
@@ -224,7 +228,7 @@ def _detector(names, *, is_c4):
 
 
 def _anchors(arrays):
-    """Sizes and ratios of the anchors [K, 4] of each level that the file holds; the usual ones if it holds none."""
+    """The settings of anchor sizes and ratios, from the anchors [K, 4] in the file; the usual ones if it has none."""
     cells = [x for name, x in sorted(arrays.items()) if "anchor_generator.cell_anchors" in name]
     if not cells:
         return {"RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512], "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0]}
@@ -244,7 +248,7 @@ def _box_weights(is_cascade):
 
 
 def _head_settings(arrays, *, is_cascade, masks):
-    """The settings of FPN's heads."""
+    """The settings of the pyramid and its heads."""
     box_head = "roi_heads.box_head.0." if is_cascade else "roi_heads.box_head."
     group_norm = {False: "", True: "_gn"}
     settings = {"FPN.CASCADE": is_cascade, "FPN.NORM": "None", "FPN.FRCNN_HEAD_FUNC": "fastrcnn_2fc_head"}
@@ -268,7 +272,7 @@ def _layer_and_norm(ours, norm, theirs, arrays, layout=CONVOLUTION):
 
 
 def _without_absent_biases(pairs, arrays):
-    """Where a norm follows, their convolutions have no bias: ours gets zeros."""
+    """Splits off biases that the file lacks, since a norm follows their convolution: (other pairs, {name: zeros})."""
     added, kept = {}, []
     for pair in pairs:
         weight = pair.theirs.removesuffix(".bias") + ".weight"

@@ -1,8 +1,8 @@
-"""Weight files of other systems as arrays by name, read without running anything that a file says.
+"""Reads weight files of other frameworks as arrays by name. No code contained in a weights file is ever executed.
 
-`.pth` of PyTorch (both of its formats) and `.pkl` of Detectron2 are pickles: here they are read by an unpickler that
-knows what arrays are made of, and nothing else; neither PyTorch nor NumPy's own unpickling takes part. `.h5` and
-`.keras` need h5py, which TensorFlow brings along. `write_torch` writes the first of these formats.
+`.pth` of PyTorch (both of its formats) and `.pkl` of Detectron2 are pickles. A restricted unpickler reads them, which
+accepts the parts of arrays and nothing else, without PyTorch and without NumPy's own unpickling. `.h5` and `.keras`
+need h5py, which TensorFlow brings along. `write_torch` writes the first of these formats.
 """
 
 import io
@@ -12,7 +12,8 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,8 @@ from config import UserError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of PyTorch's format before 1.6
 H5_MAGIC = b"\x89HDF\r\n\x1a\n"
-MAX_PICKLE_BYTES = 2**26  # of PyTorch's zip archives, whose pickle holds names and shapes but no numbers
+MAX_PICKLE_BYTES = 2**26  # in PyTorch's zip archives, whose pickle holds names and shapes but no numbers
+# PyTorch's storage classes and their dtypes.
 STORAGES = {
     "DoubleStorage": "f8",
     "FloatStorage": "f4",
@@ -34,83 +36,86 @@ STORAGES = {
 }
 
 
-class FileError(UserError):
-    """A file that can't be read, is of no known kind, or holds what weights have no need of."""
+class WeightsFileError(UserError):
+    """A weights file that cannot be read, has an unknown format, or holds objects that are no weights."""
 
     exit_code = 5
 
 
-def read(path):
-    """The arrays of a weights file of a kind that its content tells, not its name.
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a weights file; its content determines the format, not its name.
 
     Returns:
-        dict from name to array; names of nested dicts and groups are joined by "/"
+        {name: array}; the names of nested dicts and groups are joined by "/"
+    Raises:
+        WeightsFileError: the file cannot be read, or is no weights file.
     """
     try:
         with open(path, "rb") as file:
             arrays = _reader(file)(file)
-    except FileError as error:
-        raise FileError(f"{path}: {error}") from error
-    except Exception as error:  # what unpickling, unzipping and h5py raise on damaged files has no common base
+    except WeightsFileError as error:
+        raise WeightsFileError(f"{path}: {error}") from error
+    except Exception as error:  # unpickling, unzipping and h5py raise errors of no common class on damaged files
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200] or type(error).__name__
         state = "can't be read" if isinstance(error, OSError) else "is cut off or damaged"
-        raise FileError(f"{path} {state}: {reason}") from error
+        raise WeightsFileError(f"{path} {state}: {reason}") from error
     if not arrays:
-        raise FileError(f"{path} holds no arrays by name")
+        raise WeightsFileError(f"{path} holds no arrays by name")
     return arrays
 
 
 def _reader(file):
-    """The function that reads an open file."""
+    """The function that reads an open file, chosen by the first bytes."""
     start = file.read(8)
     file.seek(0)
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(file):
-            raise FileError("it begins as a zip archive, but is cut off or damaged")
+            raise WeightsFileError("it begins as a zip archive, but is cut off or damaged")
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
         if "model.weights.h5" in names:
             return _read_keras_archive
         if any(name.endswith("/data.pkl") for name in names):
             return _read_torch_zip
-        raise FileError(
+        raise WeightsFileError(
             "it is a zip archive of an unknown kind; .npz files are this project's own and need no conversion"
         )
     if start == H5_MAGIC:
         return _read_h5
     if start[:1] == b"\x80" or start[:2] in (b"(d", b"}q"):
         return _read_pickle
-    raise FileError("it is no .pth, .pkl, .h5 or .keras file")
+    raise WeightsFileError("it is no .pth, .pkl, .h5 or .keras file")
 
 
 # ------------------------------------------------------------------------------------------------------ pickles
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits the globals of a table, in which functions of ours stand for each, and nothing else."""
+    """Accepts only the globals of a table, and maps each to a function of this file or a built-in type."""
 
     def __init__(self, file, admitted):
         super().__init__(file, encoding="latin1")  # the strings of Python 2, of which some are bytes
         self._admitted = admitted
 
     def find_class(self, module, name):
+        """The replacement of a global; raises WeightsFileError if it is not in the table."""
         if (module, name) not in self._admitted:
-            raise FileError(
-                f"it holds {module}.{name}, which weights have no need of and which is not run; if it is a whole "
+            raise WeightsFileError(
+                f"it holds {module}.{name}, which is not run because weights need no such object; if it is a whole "
                 "model or a training checkpoint, save the weights alone: torch.save(model.state_dict(), FILE)"
             )
         return self._admitted[module, name]
 
     def persistent_load(self, pid):
-        """What PyTorch keeps outside of the pickle."""
+        """The _Storage of a reference to numbers outside the pickle."""
         kind, (code,), key, _, count, *view = pid
         if kind != "storage" or view not in ([], [None]) or code not in STORAGES.values():
-            raise FileError("it refers to data of an unknown kind")
+            raise WeightsFileError("it refers to data of an unknown kind")
         return _Storage(str(key), np.dtype(code).newbyteorder("<"), int(count))
 
 
 def _flatten(tree, make_array, prefix=""):
-    """{name: array} of nested dicts; what is no array (optimizers keep numbers and texts) is left out."""
+    """Flattens nested dicts to {name: array}, without other values, such as an optimizer's numbers and texts."""
     arrays = {}
     for name, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
@@ -121,29 +126,29 @@ def _flatten(tree, make_array, prefix=""):
 
 
 class _Storage(NamedTuple):
-    """Numbers that are kept outside of the pickle."""
+    """A reference to an array of numbers outside the pickle."""
 
-    key: str
+    key: str  # its name in the file
     dtype: np.dtype
-    count: int
+    count: int  # numbers
 
 
 class _Tensor(NamedTuple):
-    """A view into a storage, in numbers as torch.as_strided counts them."""
+    """A view into a storage, as torch.as_strided describes it."""
 
     storage: _Storage
-    offset: int
-    shape: tuple
-    stride: tuple
+    offset: int  # in numbers
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # in numbers
 
     def array(self, numbers):
-        """The tensor, a copy; its place is checked to lie within `numbers`, the storage's."""
+        """Copies the tensor out of `numbers`, its storage's; raises WeightsFileError if it lies outside of them."""
         if len(self.shape) != len(self.stride) or min(self.offset, *self.shape, *self.stride, 0) < 0:
-            raise FileError("it describes a tensor of impossible shape")
+            raise WeightsFileError("it describes a tensor of impossible shape")
         count = math.prod(self.shape)
         end = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.stride)) + 1
         if count > len(numbers) or (count and end > len(numbers)):
-            raise FileError("it describes a tensor larger than its data")
+            raise WeightsFileError("it describes a tensor larger than its data")
         if not count:
             return np.zeros(self.shape, numbers.dtype)
         strides = [step * numbers.itemsize for step in self.stride]
@@ -151,21 +156,22 @@ class _Tensor(NamedTuple):
 
 
 class _PickledArray:
-    """What stands for a NumPy array while its pickle is read: NumPy's own unpickling trusts the file."""
+    """Stands for a NumPy array while its pickle is read, because NumPy's own unpickling trusts the file."""
 
     def __setstate__(self, state):
         _, self.shape, self.dtype, self.is_fortran, self.data = state
 
     def array(self):
+        """The array; raises WeightsFileError if it holds other values than numbers."""
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         if not isinstance(data, bytes | bytearray):
-            raise FileError("it holds arrays of objects")
+            raise WeightsFileError("it holds arrays of objects")
         order = "F" if self.is_fortran else "C"
         return np.frombuffer(data, self.dtype.numpy_dtype()).reshape(self.shape, order=order).copy(order="C")
 
 
 class _PickledDtype:
-    """What stands for a NumPy dtype while its pickle is read."""
+    """Stands for a NumPy dtype while its pickle is read."""
 
     def __init__(self, code):
         self.code, self.byte_order = code, "<"
@@ -174,27 +180,29 @@ class _PickledDtype:
         self.byte_order = state[1]
 
     def numpy_dtype(self):
+        """The np.dtype; raises WeightsFileError if it is not one of numbers."""
         code = self.code.decode() if isinstance(self.code, bytes) else self.code
         if not re.fullmatch("[fiub][1248]", code) or self.byte_order not in ("<", ">", "|"):
-            raise FileError(f"it holds arrays of type {code!r}, no numbers")
+            raise WeightsFileError(f"it holds arrays of type {code!r}, no numbers")
         return np.dtype(code).newbyteorder(self.byte_order)
 
 
 def _array_from_buffer(data, dtype, shape, order):
-    """NumPy's arrays in pickles of protocol 5."""
-    made = _PickledArray()
-    made.__setstate__((1, shape, dtype, order == "F", bytes(data)))
-    return made
+    """The _PickledArray of a NumPy array in a pickle of protocol 5."""
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
+    return array
 
 
 def _encode_latin1(text, encoding):
-    """How Python 3 puts bytes into pickles of protocol 2."""
+    """The bytes that Python 3 writes as text into pickles of protocol 2."""
     if encoding != "latin1":
-        raise FileError(f"it holds bytes in the encoding {encoding!r}")
+        raise WeightsFileError(f"it holds bytes in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
-# What a pickle may name, and what it gets: functions and built-in types, whose attributes it can't usefully change.
+# The names that a pickle may contain, and their replacements: functions and built-in types, whose attributes a pickle
+# cannot change to any effect.
 TORCH = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
@@ -215,14 +223,14 @@ NUMPY = {
 
 
 def _read_torch_zip(file):
-    """PyTorch's format since 1.6: a zip archive, not compressed, of a pickle and one file for each storage."""
+    """Reads PyTorch's format since 1.6: a zip archive, not compressed, of a pickle and one file for each storage."""
     with zipfile.ZipFile(file) as archive:
         (pickled,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
         folder = pickled.filename.removesuffix("data.pkl")
         if pickled.file_size > MAX_PICKLE_BYTES or any(i.compress_type != zipfile.ZIP_STORED for i in archive.filelist):
-            raise FileError("it is packed as PyTorch packs no file")
+            raise WeightsFileError("it is compressed, or its pickle is too large, unlike in a file of PyTorch")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
-            raise FileError("it was written on a big-endian machine")
+            raise WeightsFileError("it was written on a big-endian machine")
         tree = _Unpickler(io.BytesIO(archive.read(pickled)), TORCH).load()
 
         def make_array(tensor):
@@ -233,7 +241,7 @@ def _read_torch_zip(file):
 
 
 def _read_pickle(file):
-    """A pickle by itself: one of NumPy's arrays, or PyTorch's format before 1.6."""
+    """Reads a bare pickle: of NumPy arrays, or PyTorch's format before 1.6."""
     first = _Unpickler(file, NUMPY).load()
     if first == LEGACY_MAGIC:
         return _read_torch_legacy(file)
@@ -241,22 +249,24 @@ def _read_pickle(file):
 
 
 def _read_torch_legacy(file):
-    """After the magic number: a protocol number, facts on the machine, the tensors, the keys of the storages, and for
-    each of these in that order its count and its numbers."""
+    """Reads PyTorch's format before 1.6, after its magic number: a protocol number, properties of the machine, the
+    tensors, the keys of the storages, and for each key in this order its count and its numbers."""
     _, machine, tree, keys = (_Unpickler(file, TORCH).load() for _ in range(4))
     if not machine.get("little_endian"):
-        raise FileError("it was written on a big-endian machine")
+        raise WeightsFileError("it was written on a big-endian machine")
     tensors = _flatten(tree, lambda tensor: tensor)
     storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
     numbers = {}
     for key in map(str, keys):
         if key not in storages:
-            raise FileError("it holds data that belongs to no tensor: a training checkpoint? Save the weights alone")
+            raise WeightsFileError(
+                "it holds data that belongs to no tensor: a training checkpoint? Save the weights alone"
+            )
         (count,) = struct.unpack("<q", file.read(8))
         data = file.read(storages[key].count * storages[key].dtype.itemsize)
         numbers[key] = np.frombuffer(data, storages[key].dtype)
         if not len(numbers[key]) == count == storages[key].count:
-            raise FileError("it is cut off or damaged")
+            raise WeightsFileError("it is cut off or damaged")
     return {name: tensor.array(numbers[tensor.storage.key]) for name, tensor in tensors.items()}
 
 
@@ -264,18 +274,18 @@ def _read_torch_legacy(file):
 
 
 def _read_h5(file):
-    """Keras's `.h5`: "LAYER/LAYER/kernel" and so on; or, as it writes `.weights.h5`, "LAYER/0", "LAYER/1" ..."""
-    import h5py  # only where it is needed: importing it takes time
+    """Reads Keras's `.h5`, with names like "LAYER/LAYER/kernel", or `.weights.h5`, with "LAYER/0", "LAYER/1" ..."""
+    import h5py  # here, because its import takes time and only Keras's files need it
 
     arrays = {}
 
-    def visit(name, item):  # h5py visits what is in the file itself; links to other files are not followed
+    def visit(name, item):  # h5py visits only the file itself, and follows no links to other files
         if not isinstance(item, h5py.Dataset):
             return
         if item.external or item.is_virtual or item.dtype.kind not in "fiu":
-            raise FileError(f"{name} is no array of numbers within the file")
+            raise WeightsFileError(f"{name} is no array of numbers within the file")
         if item.nbytes > item.id.get_storage_size():
-            raise FileError(f"{name} is packed as Keras packs no file")
+            raise WeightsFileError(f"{name} is compressed, unlike in a file of Keras")
         folder, _, leaf = name.rpartition("/")
         if folder.endswith("/vars"):
             folder = item.parent.attrs.get("name", folder)
@@ -287,21 +297,22 @@ def _read_h5(file):
 
 
 def _read_keras_archive(file):
+    """Reads `.keras`, a zip archive that holds a `.weights.h5`."""
     with zipfile.ZipFile(file) as archive:
         info = archive.getinfo("model.weights.h5")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise FileError("it is packed as Keras packs no file")
+            raise WeightsFileError("it is compressed, unlike a file of Keras")
         return _read_h5(io.BytesIO(archive.read(info)))
 
 
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def write_torch(file, arrays):
-    """Write float32 arrays by name as PyTorch's state dict, in its format since 1.6; needs no PyTorch.
+def write_torch(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
+    """Writes float32 arrays by name as a state dict, in PyTorch's format since 1.6, without PyTorch.
 
     Args:
-        file: open for writing, binary
+        file: open for writing.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickle_of(arrays))
@@ -312,8 +323,8 @@ def write_torch(file, arrays):
 
 
 def _pickle_of(arrays):
-    """The pickle of an OrderedDict of tensors, in opcodes of protocol 2: classes that can't be imported can't be
-    pickled otherwise."""
+    """The pickle of an OrderedDict of tensors, bytes. Written opcode by opcode (protocol 2), because `pickle` only
+    writes classes that it can import."""
     body = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R("]
     for key, (name, array) in enumerate(arrays.items()):
         strides = [stride // array.itemsize for stride in np.empty(array.shape, np.float32).strides]

@@ -1,18 +1,23 @@
 """Keras applications' ResNet50, 101 and 152 (the first version), from `.h5`, `.weights.h5` and `.keras` files.
 
-Kernels lie as ours; the input is BGR with ImageNet's mean taken off, and the stride on the first 1x1 convolution.
-Convolutions have biases and batch norm another epsilon: both are folded into the statistics of the norms.
+Kernels have our layout. The input is BGR minus ImageNet's mean; the stride is in the first 1x1 convolution of a block.
+Convolutions have biases, and batch norm has another epsilon: both are folded into the statistics of the norms.
 """
 
 import re
 
+import numpy as np
+
 from .mapping import SAME, Layout, Model, Pair
 
 EPSILON, OUR_EPSILON = 1.001e-5, 1e-5
-LEAVES = {True: ("gamma", "beta", "moving_mean", "moving_variance"), False: ("kernel", "bias")}  # of a norm; of others
+LEAVES = {
+    True: ("gamma", "beta", "moving_mean", "moving_variance"),  # of norms
+    False: ("kernel", "bias"),  # of other layers
+}
 
 
-def recognise(arrays, **unused):
+def recognise(arrays: dict[str, np.ndarray], **unused) -> Model | None:
     """The Model of a file, or None if the names are not those of Keras's ResNets."""
     names = {_layer_and_leaf(name): name for name in arrays}
     if ("conv1_conv", "kernel") not in names or ("conv2_block1_1_conv", "kernel") not in names:
@@ -47,7 +52,7 @@ def recognise(arrays, **unused):
 
 
 def _layer_and_leaf(name):
-    """("conv1_bn", "gamma") of "model_weights/conv1_bn/conv1_bn/gamma" and of "conv1_bn/0"."""
+    """Splits a name: ("conv1_bn", "gamma") for "model_weights/conv1_bn/conv1_bn/gamma" and for "conv1_bn/0"."""
     folder, _, leaf = name.rpartition("/")
     layer = folder.rpartition("/")[2]
     leaves = LEAVES[layer.endswith("_bn")]

@@ -1,6 +1,6 @@
-"""How the variables of another system's model map to ours: pairs of names, and what happens to the numbers between."""
+"""Maps the variables of another framework's model to ours: pairs of names, and the conversion of the arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,54 +9,57 @@ from config import UserError
 
 
 class MappingError(UserError):
-    """Weights of a model that is not known, or that lack something or have something left over."""
+    """Weights of an unknown model, or with missing or surplus arrays."""
 
     exit_code = 5
 
 
 class Layout(NamedTuple):
-    """What turns their array into ours, and back; lossless, but for slots that the other side has no place for."""
+    """Converts their array to ours, and back; without loss, except of class slots that the other side lacks."""
 
-    to_ours: Callable
-    to_theirs: Callable
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray] | None  # None: no conversion back exists
 
 
 class Pair(NamedTuple):
-    """One variable."""
+    """A variable of ours, and the array of theirs that becomes it."""
 
-    ours: str
-    theirs: str
+    ours: str  # name
+    theirs: str  # name
     layout: Layout
 
 
 class Model(NamedTuple):
-    """A model that a file holds."""
+    """The model of a file, and its mapping to ours."""
 
     name: str  # for messages
-    pairs: list  # of Pair: all of them must be in the file
-    settings: dict  # configuration key -> value, that the weights need
-    ignored: frozenset = frozenset()  # names in the file that carry no weights
-    added: dict = {}  # variables of ours that the other system has no counterpart of, by name
-    notes: tuple = ()  # lines: what was assumed, what differs
+    pairs: list[Pair]  # the file must contain all of them
+    settings: dict[str, object]  # {key: value} that the weights need
+    ignored: frozenset[str] = frozenset()  # names in the file that are no weights
+    added: dict[str, np.ndarray] = {}  # variables of ours without a counterpart, by name
+    notes: tuple[str, ...] = ()  # lines on assumptions and differences
 
 
 SAME = Layout(lambda x: x, lambda x: x)
 # [O, I, kh, kw] <-> [kh, kw, I, O]; also of transposed convolutions, [I, O, kh, kw] <-> [kh, kw, O, I].
 CONVOLUTION = Layout(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))
-# Of the first layer, from red, green, blue to our blue, green, red.
+# The first layer's, from red, green, blue to our blue, green, red.
 CONVOLUTION_OF_RGB = Layout(
     lambda w: w.transpose(2, 3, 1, 0)[:, :, ::-1], lambda w: w[:, :, ::-1].transpose(3, 2, 0, 1)
 )
 LINEAR = Layout(lambda w: w.T, lambda w: w.T)  # [outputs, inputs] <-> [inputs, outputs]; a bias stays as it is
 
 
-def per_class(slots, *, size=1, num_theirs, inner=LINEAR, empty=0.0):
-    """The layout of a last layer, of which ours has other classes than theirs, or in another order.
+def per_class(
+    slots: Sequence[int], *, size: int = 1, num_theirs: int, inner: Layout = LINEAR, empty: float = 0.0
+) -> Layout:
+    """The layout of a last layer whose classes differ from theirs, or have another order.
 
     Args:
-        slots: for each of our classes theirs, or -1 where they have none. size: outputs per class.
-        num_theirs: how many classes they have. inner: the layout of all but the classes, which are last in ours.
-        empty: what those of their classes get that we don't have, and those of ours that they don't have
+        slots: for each of our classes the index of theirs, or -1 without a counterpart. size: outputs per class.
+        num_theirs: number of their classes. inner: the layout of the layer apart from its classes; these are the last
+            axis of ours.
+        empty: the value for classes that the other side lacks.
     """
     slots = np.asarray(slots)
 
@@ -75,16 +78,24 @@ def per_class(slots, *, size=1, num_theirs, inner=LINEAR, empty=0.0):
     return Layout(to_ours, to_theirs)
 
 
-def layer(ours, theirs, layout=LINEAR, bias_layout=SAME, *, weight="weight", bias="bias"):
-    """The pairs of a layer with bias."""
+def layer(
+    ours: str,
+    theirs: str,
+    layout: Layout = LINEAR,
+    bias_layout: Layout = SAME,
+    *,
+    weight: str = "weight",
+    bias: str = "bias",
+) -> list[Pair]:
+    """The pairs of a layer with a bias. `ours`, `theirs`: names of the layer; `weight`, `bias`: of their arrays."""
     return [Pair(f"{ours}/W", f"{theirs}.{weight}", layout), Pair(f"{ours}/b", f"{theirs}.{bias}", bias_layout)]
 
 
-def bottleneck_name(stem_channels, kernel_shape):
-    """BACKBONE.NAME of a network of bottleneck blocks.
+def bottleneck_name(stem_channels: int, kernel_shape: Sequence[int]) -> str:
+    """The BACKBONE.NAME of a network of bottleneck blocks.
 
     Args:
-        stem_channels: 64 in all published ones. kernel_shape: [O, I, 3, 3] of its first block's 3x3 convolution.
+        stem_channels: 64 in all published ones. kernel_shape: [O, I, 3, 3] of the 3x3 convolution in its first block.
     """
     outputs, group_width, _, _ = kernel_shape
     if outputs == group_width == stem_channels:
@@ -92,23 +103,23 @@ def bottleneck_name(stem_channels, kernel_shape):
     return f"resnext_{outputs // group_width}x{group_width * 64 // stem_channels}d"
 
 
-def from_theirs(model, arrays, *, allow_leftover=False):
-    """Our variables from their arrays.
+def from_theirs(
+    model: Model, arrays: dict[str, np.ndarray], *, allow_leftover: bool = False
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Converts their arrays to our variables.
 
-    Args:
-        model: Model. arrays: name -> array.
     Returns:
-        dict name -> float32 array, and the names of theirs that are left over
+        {name: float32 array}, and the names of theirs that are left over
     Raises:
-        MappingError: a name is missing; or left over, unless allowed
+        MappingError: an array is missing or has another shape; or one is left over, unless that is allowed.
     """
     missing = [pair.theirs for pair in model.pairs if pair.theirs not in arrays]
     if missing:
-        raise MappingError(f"taken for {model.name}, but it lacks {len(missing)} arrays, first {missing[0]}")
+        raise MappingError(f"recognised as {model.name}, but it lacks {len(missing)} arrays, first {missing[0]}")
     leftover = sorted(set(arrays) - {pair.theirs for pair in model.pairs} - model.ignored)
     if leftover and not allow_leftover:
         raise MappingError(
-            f"taken for {model.name}, but {len(leftover)} arrays are left over, first {leftover[0]}; "
+            f"recognised as {model.name}, but {len(leftover)} arrays are left over, first {leftover[0]}; "
             "--allow-leftover converts without them"
         )
     values = dict(model.added)
@@ -117,15 +128,19 @@ def from_theirs(model, arrays, *, allow_leftover=False):
             values[pair.ours] = np.ascontiguousarray(pair.layout.to_ours(arrays[pair.theirs]), np.float32)
         except (ValueError, IndexError) as error:
             shape = list(arrays[pair.theirs].shape)
-            raise MappingError(f"taken for {model.name}, but {pair.theirs} has the shape {shape}") from error
+            raise MappingError(f"recognised as {model.name}, but {pair.theirs} has the shape {shape}") from error
     return values, leftover
 
 
-def to_theirs(model, values):
-    """Their arrays from our variables: the inverse of `from_theirs`."""
+def to_theirs(model: Model, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Converts our variables to their arrays, float32: the inverse of `from_theirs`.
+
+    Raises:
+        MappingError: a variable is missing, or has no counterpart.
+    """
     missing = [pair.ours for pair in model.pairs if pair.ours not in values]
     if missing:
-        raise MappingError(f"taken for {model.name}, but it lacks {len(missing)} variables, first {missing[0]}")
+        raise MappingError(f"recognised as {model.name}, but it lacks {len(missing)} variables, first {missing[0]}")
     leftover = sorted(set(values) - {pair.ours for pair in model.pairs} - set(model.added))
     if leftover:
         raise MappingError(f"{model.name} has no place for {len(leftover)} variables, first {leftover[0]}")

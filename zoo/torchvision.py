@@ -1,32 +1,37 @@
 """torchvision's ResNets and ResNeXts, and its Faster and Mask R-CNN on ResNet-50 with a feature pyramid.
 
-Their padding is symmetric, which on even sizes is our TF_PAD_MODE=False; images are RGB on a scale of 0..1,
-normalised with ImageNet's mean and deviation, which are our defaults.
+Their padding is symmetric, which on even sizes equals our TF_PAD_MODE=False. Their images are RGB in [0, 1], normalised
+with ImageNet's mean and deviation, which are our defaults.
 """
 
 import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from config import Config
 
 from . import coco
 from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, MappingError, Model, Pair, bottleneck_name, layer, per_class
 
 BODY = "backbone.body."  # of a detector
 NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
-# The published weights on COCO, by the beginning of their SHA-256; their batch norm has no epsilon.
+# The published weights on COCO, by the beginning of their SHA-256; the epsilon of their batch norm is 0.
 COCO_V1 = {"258fb6c6": "fasterrcnn_resnet50_fpn", "bf2d0c1e": "maskrcnn_resnet50_fpn"}
-# What names were before torchvision 0.11, and in the published files.
+# Patterns of today's names, and the names before torchvision 0.11, which the published files have.
 OLD_NAMES = (
     (r"(backbone\.fpn\.\w+_blocks\.\d)\.0\.(\w+)", r"\1.\2"),
     (r"rpn\.head\.conv\.0\.0\.(\w+)", r"rpn.head.conv.\1"),
     (r"roi_heads\.mask_head\.(\d)\.0\.(\w+)", lambda m: f"roi_heads.mask_head.mask_fcn{int(m[1]) + 1}.{m[2]}"),
 )
-UNUSED_LOGIT = -100.0  # of classes that only torchvision has a place for: no probability
+UNUSED_LOGIT = -100.0  # of class slots that only torchvision has: probability 0
 
 
-def recognise(arrays, *, sha256, all_slots=False):
+def recognise(arrays: dict[str, np.ndarray], *, sha256: str, all_slots: bool = False) -> Model | None:
     """The Model of a state dict, or None if the names are not torchvision's.
 
     Args:
-        sha256: of the file. all_slots: keep the 10 class slots between COCO's ids that no class has.
+        sha256: of the file, hexadecimal. all_slots: keep the 10 class slots between COCO's ids that no class uses.
     """
     if f"{BODY}layer1.0.conv1.weight" in arrays and "rpn.head.cls_logits.weight" in arrays:
         return _detector(arrays, sha256=sha256, all_slots=all_slots)
@@ -39,7 +44,7 @@ def recognise(arrays, *, sha256, all_slots=False):
 
 
 def _shapes(arrays, prefix):
-    """What the names and shapes say: (BACKBONE.NAME, blocks per stage, convolutions per block)."""
+    """Derives (BACKBONE.NAME, blocks per stage, convolutions per block) from names and shapes."""
     stages = (1, 2, 3, 4)
     patterns = [re.compile(rf"{re.escape(prefix)}layer{stage}\.(\d+)\.conv1\.weight") for stage in stages]
     num_blocks = [sum(pattern.fullmatch(name) is not None for name in arrays) for pattern in patterns]
@@ -55,7 +60,7 @@ def _norm_layer(ours, convolution, norm, layout=CONVOLUTION):
     return [Pair(f"{ours}/W", f"{convolution}.weight", layout), *pairs]
 
 
-def backbone_pairs(num_blocks, num_convolutions, *, prefix=""):
+def backbone_pairs(num_blocks: Sequence[int], num_convolutions: int, *, prefix: str = "") -> list[Pair]:
     """The pairs of a ResNet or ResNeXt without its classifier.
 
     Args:
@@ -85,7 +90,7 @@ def _backbone_settings(name, num_blocks, *, epsilon=1e-5):
 
 
 def _counters(arrays):
-    """Names of what counts batches, which nothing reads."""
+    """Names of the counters of batches, which are no weights."""
     return frozenset(name for name in arrays if name.endswith(".num_batches_tracked"))
 
 
@@ -107,12 +112,14 @@ def _classifier(arrays):
 # ------------------------------------------------------------------------------------------------------ detectors
 
 
-def detector_pairs(num_blocks, num_convolutions, *, num_slots, slots, masks):
+def detector_pairs(
+    num_blocks: Sequence[int], num_convolutions: int, *, num_slots: int, slots: Sequence[int], masks: bool
+) -> list[Pair]:
     """The pairs of a Faster or Mask R-CNN with a feature pyramid.
 
     Args:
-        num_blocks, num_convolutions: see `backbone_pairs`. num_slots: of their classes, background included.
-        slots: for background and each of our classes theirs. masks: whether there is a mask branch.
+        num_blocks, num_convolutions: see `backbone_pairs`. num_slots: number of their classes, background included.
+        slots: as `class_slots` returns them. masks: whether there is a mask branch.
     """
     pairs = backbone_pairs(num_blocks, num_convolutions, prefix=BODY)
     for i in range(4):
@@ -153,8 +160,8 @@ def _mask_pairs(num_slots, slots):
     )
 
 
-def class_slots(num_slots, *, all_slots=False):
-    """For background and each of our classes the slot of theirs: COCO's classes stand at their ids."""
+def class_slots(num_slots: int, *, all_slots: bool = False) -> tuple[int, ...]:
+    """The slots in their model of background and of our classes; the slot of a class of COCO is its category id."""
     if num_slots == coco.LAST_ID + 1 and not all_slots:
         return (0, *coco.IDS)
     return tuple(range(num_slots))
@@ -179,7 +186,7 @@ def _detector(arrays, *, sha256, all_slots):
 
 
 def _name_in(arrays, name):
-    """The name that an array has in the file: it may be an old one."""
+    """The name of an array in the file, which may be an old one."""
     for pattern, replacement in () if name in arrays else OLD_NAMES:
         old = re.sub(pattern, replacement, name)
         if old in arrays:
@@ -187,8 +194,12 @@ def _name_in(arrays, name):
     return name
 
 
-def detector_settings(name, num_blocks, *, masks, epsilon):
-    """What a detector of theirs needs; see `_backbone_settings`."""
+def detector_settings(name: str, num_blocks: Sequence[int], *, masks: bool, epsilon: float) -> dict[str, object]:
+    """The settings {key: value} that a detector of theirs needs.
+
+    Args:
+        name, num_blocks: BACKBONE.NAME and RESNET_NUM_BLOCKS. masks: MODE_MASK. epsilon: of batch norm.
+    """
     return {
         "CONVENTIONS": "torchvision",
         "MODE_FPN": True,
@@ -203,24 +214,24 @@ def detector_settings(name, num_blocks, *, masks, epsilon):
 
 def _notes(num_dropped, published):
     if num_dropped:
-        yield f"{num_dropped} class slots between COCO's ids, which no class has, are left out (--all-slots keeps them)"
+        yield f"{num_dropped} class slots between COCO's ids, which no class uses, are dropped (--all-slots keeps them)"
     if not published:
         yield (
-            "batch norm's epsilon is taken to be 1e-5; if training began with torchvision's weights on COCO, it was 0: "
-            "add --set BACKBONE.NORM_EPSILON=0"
+            "batch norm's epsilon is assumed to be 1e-5; if training began with torchvision's weights on COCO, it was "
+            "0: add --set BACKBONE.NORM_EPSILON=0"
         )
 
 
 # ------------------------------------------------------------------------------------------------------ from ours
 
 
-def counterpart(values, settings):
-    """The Model of theirs that variables of ours have the architecture of.
+def counterpart(values: dict[str, np.ndarray], settings: Config) -> Model:
+    """The Model of theirs with the architecture of ours.
 
     Args:
-        values: name -> array. settings: the Config that they were trained with.
+        values: our variables by name. settings: those of their training.
     Raises:
-        MappingError: theirs computes something else with such weights
+        MappingError: no model of theirs computes the same with such weights.
     """
     num_blocks = [_count_blocks(values, stage) for stage in range(4)]
     num_convolutions = 3 if "group0/block0/conv3/W" in values else 2

@@ -1,0 +1,1 @@
+"""Shared by all other packages: boxes, masks, files, checkpoints, drawing, workers, ranks."""

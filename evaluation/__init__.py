@@ -1,0 +1,1 @@
+"""COCO's metrics of results, and the report of an evaluation."""

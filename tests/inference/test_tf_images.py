@@ -1,0 +1,129 @@
+"""What an exported graph does by itself: resizing, pasting and decoding are those of OpenCV and NumPy, bit by bit."""
+
+import struct
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import paste_mask
+
+from dataset.images import MIN_EDGE, pad_images, resized_shape
+from inference import tf_images
+
+tfv1 = tf.compat.v1
+
+
+@pytest.fixture(scope="module")
+def resize():
+    """Resizes a batch in TensorFlow, into a larger frame than it needs."""
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        image = tfv1.placeholder(tf.uint8, [None, None, None, 3])
+        old, new = (tfv1.placeholder(tf.int32, [None, 2]) for _ in range(2))
+        resized = tf_images.resize(image, old, new, tf.reduce_max(new, axis=0) + 3)
+        yield lambda *arrays: session.run(resized, dict(zip((image, old, new), arrays)))
+
+
+def sizes(rng, count):
+    """(h, w, new h, new w): any, halved (where OpenCV takes another way), doubled, one edge kept, and one pixel."""
+    for number in range(count):
+        h, w, new_h, new_w = rng.integers(1, 300, 4).tolist()
+        yield [
+            (h, w, new_h, new_w),
+            (2 * h, 2 * w, h, w),
+            (h, w, 2 * h, 2 * w),
+            (h, w, h, new_w),
+            (1, w, new_h, 1),
+            (h, w, h, w),
+        ][number % 6]
+
+
+def test_resize_equals_opencv(resize):
+    rng = np.random.default_rng(0)
+    for h, w, new_h, new_w in [*sizes(rng, 240), (480, 640, 800, 1067), (1500, 2000, 800, 1067)]:
+        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        (resized,) = resize(image[None], [[h, w]], [[new_h, new_w]])
+        expected = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(resized[:new_h, :new_w], expected, err_msg=f"{h}x{w} to {new_h}x{new_w}")
+        assert not resized[new_h:].any() and not resized[:, new_w:].any()
+
+
+def test_resize_of_a_batch_takes_each_image_by_itself(resize):
+    """What lies in the padding has no influence: border pixels repeat the image's own."""
+    rng = np.random.default_rng(1)
+    batch = rng.integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
+    old, new = [[50, 70], [20, 70], [33, 5]], [[80, 40], [31, 93], [66, 10]]
+    for slot, image, (h, w), (new_h, new_w) in zip(resize(batch, old, new), batch, old, new):
+        expected = cv2.resize(np.ascontiguousarray(image[:h, :w]), (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+        np.testing.assert_array_equal(slot[:new_h, :new_w], expected)
+
+
+def test_resized_shape_equals_data():
+    rng = np.random.default_rng(2)
+    shapes = np.concatenate([rng.integers(1, 5000, (3000, 2)), rng.integers(1, 30, (300, 2))]).astype(np.int32)
+    for short_edge, max_size in ((800, 1344), (800, 1333), (600, 1024.0), (5, 8)):
+        with tf.Graph().as_default(), tfv1.Session() as session:
+            new = tf_images.resized_shape(
+                tf.constant(shapes), short_edge=short_edge, max_size=max_size, min_edge=MIN_EDGE
+            )
+            expected = [resized_shape(*shape, short_edge=short_edge, max_size=max_size) for shape in shapes.tolist()]
+            np.testing.assert_array_equal(session.run(new), expected)
+
+
+def test_pasting_equals_numpy():
+    rng = np.random.default_rng(3)
+    corner = rng.uniform(-30, 100, (60, 2))
+    boxes = np.concatenate([corner, corner + rng.exponential(40, (60, 2))], axis=1).astype(np.float32)
+    boxes[0], boxes[1], boxes[2] = (5, 5, 5, 30), (20, 5, 10, 30), (0, 0, 90, 80)
+    masks = rng.uniform(size=(60, 14, 14)).astype(np.float32)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        pasted = session.run(tf_images.paste_masks(tf.constant(masks), tf.constant(boxes), tf.constant([80, 90])))
+    expected = [paste_mask(mask, box, 80, 90) for mask, box in zip(masks, boxes)]
+    np.testing.assert_array_equal(pasted, expected)
+    assert not pasted[:2].any() and pasted[2].any()
+
+
+def test_decoding_equals_opencv():
+    rng = np.random.default_rng(4)
+    images = [
+        cv2.blur(rng.integers(0, 256, (h, w, 3), dtype=np.uint8), (5, 5)) for h, w in ((40, 60), (33, 71), (9, 5))
+    ]
+    grey = cv2.cvtColor(images[0], cv2.COLOR_BGR2GRAY)
+    files = [cv2.imencode(suffix, image)[1].tobytes() for suffix in (".jpg", ".png", ".bmp") for image in images]
+    files.append(cv2.imencode(".jpg", grey)[1].tobytes())
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        batch, shapes = session.run(tf_images.decode_images(tf.constant(files)))
+    expected = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+    expected, expected_shapes = pad_images(expected, multiple=1)
+    np.testing.assert_array_equal(shapes, expected_shapes)
+    np.testing.assert_array_equal(batch, expected)
+
+
+def exif_jpeg(image, orientation, *, byte_order, before=b""):
+    """A JPEG with an EXIF segment of three tags, orientation the second, after the segments `before`."""
+    end = "<" if byte_order == b"II" else ">"
+    entries = [
+        (0x10F, 2, 3, b"me\0\0"),
+        (0x112, 3, 1, struct.pack(end + "HH", orientation, 0)),
+        (0x128, 3, 1, bytes(4)),
+    ]
+    directory = b"".join(struct.pack(end + "HHI", *entry[:3]) + entry[3] for entry in entries)
+    tiff = byte_order + struct.pack(end + "HIH", 42, 8, len(entries)) + directory + bytes(4)
+    content = b"Exif\0\0" + tiff
+    segment = b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    return jpeg[:2] + before + segment + jpeg[2:]
+
+
+def test_jpegs_are_turned_as_opencv_turns_them():
+    image = cv2.blur(np.random.default_rng(6).integers(0, 256, (24, 40, 3), dtype=np.uint8), (5, 5))
+    files = [exif_jpeg(image, number, byte_order=order) for order in (b"II", b"MM") for number in range(10)]
+    comment = b"\xff\xfe\x00\x06Exif"  # a decoy
+    files += [exif_jpeg(image, 6, byte_order=b"MM", before=comment), cv2.imencode(".png", image)[1].tobytes()]
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        batch, shapes = session.run(tf_images.decode_images(tf.constant(files)))
+    expected = [cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_COLOR) for file in files]
+    assert len({each.shape for each in expected}) == 2 and not np.array_equal(expected[1], expected[3])
+    expected, expected_shapes = pad_images(expected, multiple=1)
+    np.testing.assert_array_equal(shapes, expected_shapes)
+    np.testing.assert_array_equal(batch, expected)

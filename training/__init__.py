@@ -1,0 +1,1 @@
+"""The training run: `run.train` wires it together; the other files contain its parts."""
