@@ -53,7 +53,7 @@ def training_data(
         crop_size=settings.PREPROC.TRAIN_CROP_SIZE,
         crop_scale=settings.PREPROC.TRAIN_CROP_SCALE,
         color_jitter=settings.PREPROC.COLOR_JITTER,
-        transforms=tuple(map(TRANSFORMS.find, settings.PREPROC.TRANSFORMS)),
+        transforms=tuple(TRANSFORMS.find_all(settings.PREPROC.TRANSFORMS)),
     )
     if settings.DATA.NUM_WORKERS:
         _check_transforms(augmentation.transforms, settings.PREPROC.TRANSFORMS)

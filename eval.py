@@ -65,7 +65,7 @@ def evaluate_dataset(
         ConfigError: TEST.METRICS names no metric. EvaluationError: see `metrics.evaluate`.
         DataError: too many images cannot be used.
     """
-    metrics.check_names(settings.TEST.METRICS)
+    metrics.OTHER_METRICS.find_all(settings.TEST.METRICS)  # an unknown name is an error now, not after the work
     records = dataset.records(training=False)
     batches = data.evaluation_data(settings, records, shard_index=ranks.rank, num_shards=ranks.size)
     results, stopwatch, is_alone = [], Stopwatch(), ranks.size == 1
@@ -268,7 +268,7 @@ def main(arguments=None):
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(arguments)
     load_plugins(arguments.plugins)
-    metrics.check_names(arguments.metrics)
+    metrics.OTHER_METRICS.find_all(arguments.metrics)
     if arguments.report:
         make_folder(arguments.report)
     options = dict(others=arguments.metrics, per_class=arguments.per_class, report_folder=arguments.report)

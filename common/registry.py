@@ -1,6 +1,7 @@
 """Tables of named parts, open to other people's code: a module given to `--plugins` registers its parts here."""
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from config import ConfigError, UserError
@@ -46,3 +47,7 @@ class Registry(dict):
             others = f"{self._otherwise}; --plugins imports modules that register more"
             raise self._error(f"no {self.key} {name!r} ({listed}{others})")
         return self[name]
+
+    def find_all(self, names: Iterable[str]) -> list[Any]:
+        """Returns the values of several names; raises as `find` does."""
+        return [self.find(name) for name in names]

@@ -310,7 +310,7 @@ class _Split:
         images, annotations = [], []
         for number in tqdm.tqdm(self._numbers(), desc=self.image_dir.name, unit="image", mininterval=1):
             image, shapes = draw_image(self._rng(number), self.settings["size"])
-            write_whole(self.image_dir / self._file_name(number), _encode(image))
+            write_whole(self.image_dir / self._file_name(number), _encode(image), durable=False)
             height, width = image.shape[:2]
             images.append({"id": number, "file_name": self._file_name(number), "height": height, "width": width})
             for shape in shapes:

@@ -123,15 +123,10 @@ def register_metric(name: str, function: Callable[[Evaluation], float]) -> Calla
     return OTHER_METRICS.register(name, function)
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raises ConfigError if one of the names is not a registered metric."""
-    for name in names:
-        OTHER_METRICS.find(name)
-
-
-def other_metrics(evaluations: Sequence[Evaluation], names: Iterable[str]) -> dict[str, float]:
+def other_metrics(evaluations: Sequence[Evaluation], names: Sequence[str]) -> dict[str, float]:
     """Returns the registered metrics of these names: {"NAME(KIND)": float}."""
-    return {f"{name}({each.kind})": float(OTHER_METRICS.find(name)(each)) for name in names for each in evaluations}
+    functions = dict(zip(names, OTHER_METRICS.find_all(names)))
+    return {f"{name}({each.kind})": float(f(each)) for name, f in functions.items() for each in evaluations}
 
 
 class OperatingPoint(NamedTuple):

@@ -491,7 +491,7 @@ def figure(record, examined, path, name, texts):
     picture = viz.draw_ground_truth(image, record, list(examined.annotations.categories.values()))
     scale = min(1.0, THUMBNAIL_EDGE / max(picture.shape[:2]))
     picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    write_whole(path, cv2.imencode(".jpg", picture)[1].tobytes(), overwrite=False)
+    write_whole(path, cv2.imencode(".jpg", picture)[1].tobytes(), overwrite=False, durable=False)
     return f'<figure><img src="{path.name}" alt=""><figcaption>{caption}</figcaption></figure>'
 
 

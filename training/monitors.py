@@ -124,7 +124,8 @@ def make_monitors(settings: Config, logdir: Path) -> list[MonitorBase]:
     Raises:
         ConfigError: TRAIN.LOGGERS names nothing that is registered.
     """
-    return [*(LOGGERS.find(name)(settings, logdir) for name in settings.TRAIN.LOGGERS), JSONWriter(), ScalarPrinter()]
+    loggers = [make(settings, logdir) for make in LOGGERS.find_all(settings.TRAIN.LOGGERS)]
+    return [*loggers, JSONWriter(), ScalarPrinter()]
 
 
 def default_callbacks() -> list[Callback]:

@@ -110,11 +110,9 @@ def check_names(settings):
     """Raises ConfigError if a setting that training uses names nothing that is registered."""
     rcnn.check(settings)
     optimizers.OPTIMIZERS.find(settings.TRAIN.OPTIMIZER)
-    metrics.check_names(settings.TEST.METRICS)
-    for name in settings.PREPROC.TRANSFORMS:
-        TRANSFORMS.find(name)
-    for name in settings.TRAIN.LOGGERS:
-        monitors.LOGGERS.find(name)
+    metrics.OTHER_METRICS.find_all(settings.TEST.METRICS)
+    TRANSFORMS.find_all(settings.PREPROC.TRANSFORMS)
+    monitors.LOGGERS.find_all(settings.TRAIN.LOGGERS)
 
 
 def start_log(run, *, is_chief):

@@ -73,7 +73,7 @@ class EvalCallback(Callback):
         output = unused_path(self._output_dir / f"{dataset.name}-{self.global_step}.json")
         try:
             values = eval.evaluate_dataset(self._settings, self._network, dataset, output=output, **self._options)
-        except (OSError, FileError, EvaluationError) as error:  # a full disk, say: the training goes on
+        except (OSError, FileError, EvaluationError) as error:  # for example a full disk: the training continues
             if isinstance(error, EvaluationError) and not isinstance(error.__cause__, OSError):
                 raise
             logger.warning(f"{dataset.name} could not be evaluated: {error}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import DYING
 
 from common import checkpoint, weights
 from config import Config, ConfigError
@@ -79,24 +80,18 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-KILLED_SAVE = """
-import os, sys
+KILLED_SAVE = (
+    DYING
+    + """
+import sys
 sys.path.insert(0, {root!r})
 from common import checkpoint
 from pathlib import Path
 {write_files}
-calls = 0
-def count(function):
-    def counted(*args):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os._exit(9)
-        return function(*args)
-    return counted
-os.replace, os.open, os.fsync, os.close = map(count, (os.replace, os.open, os.fsync, os.close))
+os.replace, os.open, os.fsync, os.close = map(dying, (os.replace, os.open, os.fsync, os.close))
 checkpoint.save(write_files, {directory!r}, 12, {{}})
 """
+)
 
 
 def test_killed_at_any_moment_of_a_save_the_newest_complete_checkpoint_is_whole(tmp_path):

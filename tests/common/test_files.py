@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import full_disk
+from processes import DYING
 
 from common import files
 from common.files import FileError, Whole, make_folder, unused_path, write_new, write_whole
@@ -192,23 +193,17 @@ def test_what_cannot_be_flushed_gets_no_name(tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
-KILLED = """
-import os, sys
+KILLED = (
+    DYING
+    + """
+import sys
 sys.path.insert(0, {root!r})
 from common.files import write_whole
-calls = 0
-def count(function):
-    def counted(*args):
-        global calls
-        calls += 1
-        if calls == {number}:
-            os._exit(9)
-        return function(*args)
-    return counted
 os.replace, os.link, os.open, os.fsync, os.close, os.unlink = map(
-    count, (os.replace, os.link, os.open, os.fsync, os.close, os.unlink))
+    dying, (os.replace, os.link, os.open, os.fsync, os.close, os.unlink))
 write_whole({path!r}, "new", overwrite={overwrite})
 """
+)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

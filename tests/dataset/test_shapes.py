@@ -228,13 +228,13 @@ def test_an_interrupted_run_is_completed(made_shapes, tmp_path, monkeypatch, sta
     """The writing stops before each of the 13 files (two markers, nine images, two annotation files) in turn."""
     writes, write = [], shapes.write_whole
 
-    def interrupted(path, content):
+    def interrupted(path, content, **options):
         writes.append(path)
         if len(writes) == stage:
             part = Whole(path).part
             part.with_name(part.name.replace(str(os.getpid()), "99999")).write_text("half")  # of a killed process
             raise KeyboardInterrupt
-        write(path, content)
+        write(path, content, **options)
 
     monkeypatch.setattr(shapes, "write_whole", interrupted)
     with pytest.raises(KeyboardInterrupt):
