@@ -8,7 +8,7 @@ ENVIRONMENT = python=$$(PYTHON="$(PYTHON)" ./setup/prerequisites) && PYTHON="$(P
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help bench demo setup dev horovod test test-fast test-long lint format lock
+.PHONY: help bench demo setup dev horovod test test-fast test-long mutants lint format lock
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -24,6 +24,9 @@ test-fast: dev ## the quick unit tests, for daily work (no Horovod)
 
 test-long: dev horovod ## the tests that are too long for every run
 	$(RUN) -m pytest -m long $(ARGS)
+
+mutants: dev horovod ## plant the faults of tests/mutants.txt one by one: do the tests notice (hours; ARGS=modeling/rpn.py)
+	$(RUN) -m tools.mutants $(ARGS)
 
 lint: dev ## check style and formatting
 	$(RUN) -m ruff check .

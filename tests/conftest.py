@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from processes import end_children_with_this_process
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if os.environ.get("RCNN_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+end_children_with_this_process()
 
 
 @pytest.fixture(scope="session")

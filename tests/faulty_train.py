@@ -19,13 +19,16 @@ FAULT, _, NUMBER = os.environ.get("FAULT", "").partition("=")
 NUMBER = int(NUMBER or 0)
 IS_THIS_RANK = os.environ.get("FAULT_RANK", "0") == os.environ.get("HOROVOD_RANK", "0")
 WATCHDOGS = []
+PATIENCE = 60  # seconds, for what should take well under one
 
 
 def send(number):
     """Send this process a signal, and wait until it has been noticed."""
     os.kill(os.getpid(), number)
-    deadline = time.time() + 10
-    while not WATCHDOGS[0].signal and time.time() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while not WATCHDOGS[0].signal:
+        if time.monotonic() > deadline:
+            sys.exit("the signal was not noticed")
         time.sleep(0.01)
 
 

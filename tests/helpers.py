@@ -118,12 +118,12 @@ NOT_FUSED = {"Conv2D", "_MklNativeConv2D", "_MklNativePadWithConv2D", "MatMul", 
 
 
 def run_traced(session, fetches, feed):
-    """What the session runs after its optimisations: nodes by name, and how many ops ran, those of loops every time."""
+    """What the session runs after its optimisations: nodes by name, and the names of what ran, as often as it did."""
     options = tfv1.RunOptions(output_partition_graphs=True, trace_level=tfv1.RunOptions.FULL_TRACE)
     trace = tfv1.RunMetadata()
     session.run(fetches, feed, options=options, run_metadata=trace)
     nodes = {node.name: node for graph in trace.partition_graphs for node in graph.node}
-    return nodes, sum(len(device.node_stats) for device in trace.step_stats.dev_stats)
+    return nodes, [node.node_name for device in trace.step_stats.dev_stats for node in device.node_stats]
 
 
 def not_fused(nodes):

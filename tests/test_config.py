@@ -14,7 +14,22 @@ import pytest
 
 from common import checkpoint
 from common.files import FileError
-from config import FLAT_DEFAULTS, GROUPS, Config, ConfigError, UserError, as_overrides, config, lr_schedule_steps
+from config import (
+    ADAPTABLE,
+    FLAT_DEFAULTS,
+    GROUPS,
+    OF_WEIGHTS,
+    Config,
+    ConfigError,
+    UserError,
+    as_overrides,
+    config,
+    largest_edge,
+    lr_schedule_steps,
+    padding_multiple,
+    round_up,
+    uses_augmentation,
+)
 
 HERE = Path(__file__).parent
 GN = {
@@ -105,7 +120,7 @@ def test_defaults_are_the_references():
     ours = leaves(Config().to_dict())
     assert {key: as_json(ours[key]) for key in reference} == reference
     assert {key: type(as_json(ours[key])) for key in reference} == {key: type(x) for key, x in reference.items()}
-    assert {key: ours[key] for key in set(ours) - set(reference)} == {
+    others = {
         "PLUGINS": (),
         "CONVENTIONS": "tensorpack",
         "BACKBONE.NAME": "resnet",
@@ -134,6 +149,8 @@ def test_defaults_are_the_references():
         "TEST.TTA_SCALES": (1.0,),
         "TEST.PRECISION": "float32",
     }
+    assert {key: ours[key] for key in set(ours) - set(reference)} == others
+    assert {key: type(ours[key]) for key in others} == {key: type(value) for key, value in others.items()}
 
 
 def test_defaults_pass_the_check_in_silence(caplog):
@@ -345,6 +362,30 @@ def test_settings_as_text_can_be_pasted():
     assert {key: config.value(key) for key in settings} == settings
 
 
+def test_every_key_that_changes_what_weights_compute_is_theirs():
+    assert sorted(OF_WEIGHTS) == [
+        "BACKBONE.NORM_EPSILON",
+        "BACKBONE.STRIDE_1X1",
+        "BACKBONE.TF_PAD_MODE",
+        "CASCADE.BBOX_REG_WEIGHTS",
+        "CONVENTIONS",
+        "FRCNN.BBOX_REG_WEIGHTS",
+        "PREPROC.PIXEL_MEAN",
+        "PREPROC.PIXEL_STD",
+        "RPN.ANCHOR_RATIOS",
+        "RPN.ANCHOR_SIZES",
+    ]
+
+
+@pytest.mark.parametrize("key", FLAT_DEFAULTS)
+def test_keys_that_may_differ_from_what_weights_need(key):
+    """Those of data, training and testing, and the sizes of anchors and images; no others."""
+    expected = key in ("MODE_MASK", "RPN.ANCHOR_SIZES", "RPN.ANCHOR_RATIOS", "PREPROC.MAX_SIZE")
+    expected = expected or key.partition(".")[0] in ("DATA", "TEST", "TRAIN")
+    expected = expected or key.startswith(("PREPROC.TRAIN_", "PREPROC.TEST_"))
+    assert key.startswith(ADAPTABLE) == expected
+
+
 # ------------------------------------------------------------------------------------------------- unknown keys
 
 
@@ -373,6 +414,27 @@ def test_unknown_keys_name_the_nearest(key, nearest):
     assert "\n" not in message and key in message
     for expected in nearest:
         assert expected in message.partition("did you mean")[2], message
+
+
+@pytest.mark.parametrize(
+    "key, named",
+    [
+        ("BATCH_PER_IM", ["FRCNN.BATCH_PER_IM", "RPN.BATCH_PER_IM"]),  # equal names; the next one is far less similar
+        ("BACKBONE.SEED", ["TRAIN.SEED"]),
+        ("NORM", ["BACKBONE.NORM", "FPN.NORM"]),
+        ("BBOX_REG_WEIGHTS", ["CASCADE.BBOX_REG_WEIGHTS", "FRCNN.BBOX_REG_WEIGHTS"]),
+        ("PRECISION", ["TEST.PRECISION", "TRAIN.PRECISION"]),
+        ("TOPK", None),  # no key is similar enough
+    ],
+)
+def test_no_far_keys_are_named(key, named):
+    _, _, near = message_of(Config().update, [f"{key}=1"]).partition("did you mean ")
+    assert (sorted(near.rstrip("?").split(" or ")) if near else None) == named
+
+
+def test_long_texts_are_cut_at_80_characters():
+    for length, shown in ((80, "Q" * 80), (81, "Q" * 77 + "...")):
+        assert message_of(Config().update, ["Q" * length]) == f"{shown}: expected KEY=VALUE"
 
 
 def test_unlike_everything():
@@ -629,6 +691,13 @@ def test_values_out_of_range_name_the_key(override):
         (["DATA.VAL=['a','']"], "DATA.VAL=[]"),
         (["DATA.CLASS_NAMES=['BG','a']", "DATA.NUM_CATEGORY=2"], "DATA.NUM_CATEGORY=1"),
         (["DATA.CLASS_NAMES=['a','b']", "DATA.NUM_CATEGORY=1"], "DATA.CLASS_NAMES=['BG','a']"),
+        (["TEST.TTA_SCALES=[]"], "TEST.TTA_SCALES=[1]"),
+        (["TEST.TTA_FLIP=True", "TEST.SOFT_NMS=linear"], "TEST.SOFT_NMS=None"),
+        (["TEST.SOFT_NMS=gaussian", "TEST.TTA_SCALES=[0.5]"], "TEST.TTA_SCALES=[1]"),
+        (["RPN.BATCH_PER_IM=1"], "RPN.BATCH_PER_IM=2"),
+        (["MODE_FPN=True", "FPN.NORM=GN", "FPN.NUM_CHANNEL=66"], "FPN.NUM_CHANNEL=62"),
+        (["MODE_FPN=True", "FPN.NORM=GN", "FPN.NUM_CHANNEL=95"], "FPN.NUM_CHANNEL=64"),
+        (["BACKBONE.NORM=GN", "BACKBONE.WIDTH=36"], "BACKBONE.WIDTH=2"),
     ],
 )
 def test_contradictions_are_refused_until_remedied(overrides, remedy):
@@ -638,6 +707,110 @@ def test_contradictions_are_refused_until_remedied(overrides, remedy):
     if remedy:
         fresh.update([remedy])
         fresh.check()
+
+
+SHARES = [
+    "DATA.MAX_DROPPED",
+    "DATA.REPEAT_THRESHOLD",
+    "PREPROC.COLOR_JITTER",
+    "RPN.POSITIVE_ANCHOR_THRESH",
+    "RPN.NEGATIVE_ANCHOR_THRESH",
+    "RPN.FG_RATIO",
+    "RPN.PROPOSAL_NMS_THRESH",
+    "FRCNN.FG_THRESH",
+    "FRCNN.FG_RATIO",
+    "CASCADE.IOUS",
+    "TEST.FRCNN_NMS_THRESH",
+    "TEST.RESULT_SCORE_THRESH",
+    "TEST.RESULT_SCORE_THRESH_VIS",
+]
+MAY_BE_ZERO = [
+    "DATA.NUM_WORKERS",
+    "TRAIN.SEED",
+    "TRAIN.WEIGHT_DECAY",
+    "TRAIN.WARMUP",
+    "TRAIN.EVAL_PERIOD",
+    "TRAIN.EVAL_PICTURES",
+    "TRAIN.WARMUP_INIT_LR",
+    "RPN.MIN_SIZE",
+    "RPN.CROWD_OVERLAP_THRESH",
+    "BACKBONE.NORM_EPSILON",
+]
+OTHER_ENDS = {  # values accepted, values refused
+    "DATA.CATEGORY_IDS": ([-5, 0, 2**40], []),
+    "DATA.NUM_CATEGORY": ([-1, 1, 2**31 - 1], [-2, 0, 2**31]),
+    "PREPROC.TRAIN_CROP_SIZE": ([0, 32, 2**15 - 1], [-1, 1, 31, 2**15]),
+    "PREPROC.MAX_SIZE": ([16, 2**31 - 1], [0, 15.9, 2**31]),
+    "PREPROC.PIXEL_MEAN": ([0, 255], [-0.1, 255.1]),
+    "BACKBONE.FREEZE_AT": ([0, 1, 2, 3, 4, 5], [-1, 6]),
+    "TRAIN.STARTING_EPOCH": ([1], [0, 2]),
+}
+
+
+def is_number(value):
+    return is_number(value[0]) if isinstance(value, tuple) and value else type(value) in (int, float)
+
+
+def with_last(value, number):
+    """A value whose last number is another one."""
+    return (*value[:-1], with_last(value[-1], number)) if isinstance(value, tuple) and value else number
+
+
+@pytest.mark.parametrize("key", [key for key, x in FLAT_DEFAULTS.items() if is_number(x)] + ["DATA.CATEGORY_IDS"])
+def test_the_ends_of_every_range(key):
+    if key in OTHER_ENDS:
+        accepted, refused = OTHER_ENDS[key]
+    elif key in SHARES:
+        accepted, refused = [0, 1], [-1e-3, 1 + 1e-3]
+    else:
+        least, below = (0, -1) if key in MAY_BE_ZERO else (1, 0)
+        accepted, refused = [least, 2**31 - 1], [below, 2**31]
+    for number, fits in [(x, True) for x in accepted] + [(x, False) for x in refused]:
+        fresh = Config()
+        default = FLAT_DEFAULTS[key]
+        fresh.set_tree(tree_of(key, (number,) if default == () else with_last(default, number)))
+        assert any(line.startswith(f"{key}=") for line in problems_of(fresh)) != fits, number
+
+
+def tree_of(key, value):
+    group, _, name = key.rpartition(".")
+    return {group: {name: value}} if group else {name: value}
+
+
+def problems_of(settings):
+    """The lines of the check."""
+    try:
+        settings.check()
+    except ConfigError as error:
+        return str(error).splitlines()
+    return []
+
+
+def test_lists_have_their_length():
+    for key, length in (("PREPROC.PIXEL_STD", 3), ("FRCNN.BBOX_REG_WEIGHTS", 4), ("BACKBONE.RESNET_NUM_BLOCKS", 4)):
+        for wrong in (length - 1, length + 1):
+            (line,) = problems_of(updated(f"{key}={[1] * wrong}"))
+            assert line.startswith(f"{key}=") and line.endswith(f"must be a list of {length}")
+        assert problems_of(updated(f"{key}={[1] * length}")) == []
+
+
+@pytest.mark.parametrize(
+    "key, choices",
+    [
+        ("TRAINER", "replicated horovod"),
+        ("BACKBONE.NORM", "FreezeBN SyncBN GN None"),
+        ("TRAIN.PRECISION", "float32 bfloat16 float16"),
+        ("TEST.PRECISION", "float32 bfloat16 float16"),
+        ("TEST.SOFT_NMS", "None linear gaussian"),
+        ("FPN.PROPOSAL_MODE", "Level Joint"),
+        ("FPN.NORM", "None GN"),
+    ],
+)
+def test_every_choice_is_accepted_and_others_list_them(key, choices):
+    for choice in choices.split():
+        assert problems_of(updated(f"{key}={choice}")) == []
+    (line,) = problems_of(updated(f"{key}=other"))
+    assert line == f"{key}=other: must be one of {', '.join(choices.split())}"
 
 
 def test_all_problems_are_told_at_once():
@@ -674,6 +847,24 @@ def test_all_problems_are_told_at_once():
             ["MODE_FPN=True", "FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS=[1,1,1,1]"],
             "FRCNN.BBOX_REG_WEIGHTS has no effect with FPN.CASCADE=True",
         ),
+        (["RPN.TRAIN_PER_LEVEL_NMS_TOPK=9"], "RPN.TRAIN_PER_LEVEL_NMS_TOPK has no effect with MODE_FPN=False"),
+        (["MODE_FPN=True", "RPN.TRAIN_PRE_NMS_TOPK=9"], "RPN.TRAIN_PRE_NMS_TOPK has no effect with MODE_FPN=True FPN"),
+        (["MODE_FPN=True", "RPN.TRAIN_POST_NMS_TOPK=9"], "RPN.TRAIN_POST_NMS_TOPK has no effect with MODE_FPN=True"),
+        (["MODE_FPN=True", "RPN.TEST_PRE_NMS_TOPK=9"], "RPN.TEST_PRE_NMS_TOPK has no effect with MODE_FPN=True FPN"),
+        (
+            ["MODE_FPN=True", "FPN.PROPOSAL_MODE=Joint", "RPN.TRAIN_PER_LEVEL_NMS_TOPK=9"],
+            "RPN.TRAIN_PER_LEVEL_NMS_TOPK has no effect with FPN.PROPOSAL_MODE=Joint",
+        ),
+        (["TEST.SOFT_NMS_SIGMA=0.4"], "TEST.SOFT_NMS_SIGMA has no effect with TEST.SOFT_NMS=None"),
+        (["TEST.SOFT_NMS=linear", "TEST.SOFT_NMS_SIGMA=0.4"], "TEST.SOFT_NMS_SIGMA has no effect with TEST.SOFT_NMS=l"),
+        (
+            ["TEST.SOFT_NMS=gaussian", "TEST.FRCNN_NMS_THRESH=0.4"],
+            "TEST.FRCNN_NMS_THRESH has no effect with TEST.SOFT_NMS=gaussian",
+        ),
+        (
+            ["MODE_FPN=True", "MODE_MASK=False", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head"],
+            "FPN.MRCNN_HEAD_FUNC has no effect with MODE_MASK=False",
+        ),
     ],
 )
 def test_settings_without_effect_are_warned_of(overrides, expected, caplog):
@@ -682,7 +873,58 @@ def test_settings_without_effect_are_warned_of(overrides, expected, caplog):
     assert [record.getMessage().startswith(expected) for record in caplog.records] == [True]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["MODE_FPN=True", "FPN.PROPOSAL_MODE=Joint", "RPN.TEST_POST_NMS_TOPK=9"],
+        ["TEST.SOFT_NMS=gaussian", "TEST.SOFT_NMS_SIGMA=0.4"],
+        ["TEST.SOFT_NMS=linear", "TEST.FRCNN_NMS_THRESH=0.4"],
+        ["PREPROC.TRAIN_CROP_SIZE=64", "PREPROC.TRAIN_CROP_SCALE=[1,2]"],
+        ["MODE_FPN=True", "FPN.CASCADE=True", "CASCADE.IOUS=[0.4,0.5,0.6]"],
+        ["FRCNN.BBOX_REG_WEIGHTS=[1,1,1,1]", "RPN.HEAD_DIM=512"],
+    ],
+)
+def test_settings_with_an_effect_are_not_warned_of(overrides, caplog):
+    updated(*overrides).check()
+    assert caplog.records == []
+
+
+# ------------------------------------------------------------------------------------------------ derived values
+
+
+def test_images_of_pyramids_are_padded_to_multiples_of_32():
+    assert padding_multiple(Config()) == 1 and padding_multiple(updated("MODE_FPN=True")) == 32
+    assert [round_up(size, 32) for size in (0, 1, 31, 32, 33, 1333, 1344)] == [0, 32, 32, 32, 64, 1344, 1344]
+    assert largest_edge(Config()) == 1333
+    for size, expected in ((1333, 1344), (1344, 1344), (1344.5, 1376), (1024, 1024)):
+        assert largest_edge(updated("MODE_FPN=True", f"PREPROC.MAX_SIZE={size}")) == expected
+
+
+def test_which_settings_are_test_time_augmentation():
+    assert not uses_augmentation(Config())
+    assert not uses_augmentation(updated("TEST.TTA_SCALES=[1,1]"))
+    assert uses_augmentation(updated("TEST.TTA_FLIP=True"))
+    assert uses_augmentation(updated("TEST.TTA_SCALES=[0.5]"))
+    assert uses_augmentation(updated("TEST.TTA_SCALES=[1,0.5]"))
+
+
+def test_values_by_key():
+    assert updated("TRAIN.SEED=3").value("TRAIN.SEED") == 3
+    assert message_of(Config().value, "TRAIN.SEDE").startswith("unknown key TRAIN.SEDE: did you mean TRAIN.SEED")
+    assert (
+        message_of(Config().value, "TRAIN")
+        == "TRAIN is a group and cannot be set: set its keys, such as TRAIN.NUM_GPUS"
+    )
+
+
 # --------------------------------------------------------------------------------------- schedules, text, errors
+
+
+@pytest.mark.parametrize("factor", range(2, 10))
+def test_longer_schedules_keep_the_low_rates_of_2x(factor):
+    """The whole is as many times 180000 steps; 80000 at a tenth of the rate and 40000 at a hundredth."""
+    first, second, end = lr_schedule_steps(f"{factor}x")
+    assert (end, end - second, second - first) == (factor * 180000, 40000, 80000)
 
 
 def test_schedules():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from processes import wait_until
 from test_train import ROOT, SETTINGS
 
 from common import checkpoint, weights
@@ -69,13 +70,10 @@ def is_marked(process, mark):
         return False
 
 
-def finish(start, process, timeout=300):
+def finish(start, process):
     """(exit code, output) of a run of which no process is left a little later."""
-    output, _ = process.communicate(timeout=timeout)
-    deadline = time.time() + 10
-    while start.processes() and time.time() < deadline:
-        time.sleep(0.1)
-    assert not start.processes()
+    output, _ = process.communicate()
+    wait_until(lambda: not start.processes())
     return process.returncode, output
 
 

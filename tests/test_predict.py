@@ -36,7 +36,7 @@ runpy.run_path("predict.py", run_name="__main__")
 def run_without_tensorflow(*arguments):
     """Exit code and lines on stderr."""
     command = [sys.executable, "-c", WITHOUT_TENSORFLOW, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stderr.splitlines(), done.stdout
 
 
@@ -491,7 +491,7 @@ def test_whole_prediction_with_a_window(random_model, tmp_path):
 
             assert display.wait_for(process, shows_picture, remap="a-detections")
             display.wait_for(process, lambda screen: False, press=("a-detections", "q"))
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate()
         finally:
             process.kill()
     assert process.returncode == 1  # none.jpg

@@ -1,11 +1,13 @@
 """The programs as they are used, in processes of their own, on a tiny model and generated data."""
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,7 +15,11 @@ import psutil
 import pytest
 
 import train
-from config import Config
+from common import checkpoint
+from common.errors import DataError
+from common.plugins import PluginError
+from common.ranks import Ranks
+from config import VERSION, Config, ConfigError
 from dataset import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -49,18 +55,28 @@ SETTINGS = [
 ]
 
 
-def run(program, *arguments, timeout=300, fault="", fault_rank=0, one_core=False, num_ranks=1):
+WITHOUT_TENSORFLOW = """
+import runpy, sys
+sys.modules.update({"tensorflow": None, "tensorpack": None})
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(program, *arguments, fault="", fault_rank=0, one_core=False, num_ranks=1, with_tensorflow=True):
     """Run a program, also as several ranks; `fault`: see faulty_train.py.
 
-    On one core TensorFlow computes the same bits every time.
+    On one core TensorFlow computes the same bits every time. Without TensorFlow a program that imports it fails.
     """
-    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+    interpreter = [sys.executable] if with_tensorflow else [sys.executable, "-c", WITHOUT_TENSORFLOW]
+    command = [*interpreter, str(ROOT / program), *map(str, arguments)]
     if num_ranks > 1:
         pytest.importorskip("horovod", reason="Horovod is not installed: make horovod")
         command = [Path(sys.executable).with_name("horovodrun"), "-np", str(num_ranks), *command]
     environment = {**os.environ, "FAULT": fault, "FAULT_RANK": str(fault_rank)}
     pin = (lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})) if one_core else None
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, preexec_fn=pin)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=pin)
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +331,8 @@ class TestPrediction:
 )
 def test_mistakes_are_answered_at_once_and_write_nothing(settings, message, basedir, tmp_path):
     logdir = tmp_path / "run"
-    result = run(
-        "train.py", "--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings, timeout=30
-    )
+    flags = ["--logdir", logdir, "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings]
+    result = run("train.py", *flags, with_tensorflow=False)
     assert result.returncode == 2
     assert result.stderr.startswith("train.py: ")
     assert message in result.stderr
@@ -326,10 +341,234 @@ def test_mistakes_are_answered_at_once_and_write_nothing(settings, message, base
     assert not logdir.exists()
 
 
+# ---------------------------------------------------------------- the start, in this process
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The settings of train.py, new; they and the loggers of the packages are restored afterwards."""
+    fresh = Config()
+    monkeypatch.setattr(train, "config", fresh)
+    monkeypatch.delenv("HOROVOD_SIZE", raising=False)
+    return fresh
+
+
+def arguments_of(*words):
+    return train.parse_arguments([*map(str, words)])
+
+
+def test_arguments_have_the_documented_defaults(capsys):
+    arguments = arguments_of()
+    assert vars(arguments) == {"config": [], "logdir": "train_log/rcnn", "load": None, "resume": False, "plugins": []}
+    with pytest.raises(SystemExit) as error:
+        arguments_of("--version")
+    assert error.value.code == 0
+    assert capsys.readouterr().out.strip() == VERSION
+
+
+@pytest.fixture
+def start(fresh, basedir, tmp_path, monkeypatch):
+    """A function that calls `main` with more arguments up to the start of TensorFlow; it returns the Run."""
+    from training import run
+
+    runs = []
+    monkeypatch.setattr(run, "train", runs.append)
+    monkeypatch.setattr(train, "Watchdog", lambda: "watchdog")
+    monkeypatch.setattr(train, "collect_messages", lambda: "messages")
+
+    def start(*arguments, settings=()):
+        flags = ["--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={basedir}", *settings, *arguments]
+        train.main(arguments_of(*flags))
+        return runs.pop()
+
+    return start
+
+
+def test_a_new_run_has_the_data_s_classes_and_frozen_settings(start, fresh, tmp_path):
+    run = start()
+    assert run.settings is fresh
+    names = list(run.settings.DATA.CLASS_NAMES)
+    assert names == ["BG", *run.val_sets[0].class_names]
+    assert run.settings.DATA.NUM_CATEGORY == len(names) - 1 == 5
+    assert list(run.settings.DATA.CATEGORY_IDS) == list(run.val_sets[0].category_ids) == [1, 2, 3, 4, 5]
+    with pytest.raises(ConfigError, match="frozen"):
+        run.settings.MODE_FPN = False
+    assert len(run.records) == 10
+    assert [dataset.name for dataset in run.val_sets] == ["shapes_val"]
+    assert (run.weights, run.logdir, run.is_resumed) == (None, tmp_path / "run", False)
+    assert (run.watchdog, run.messages) == ("watchdog", "messages")
+    assert (run.ranks.rank, run.ranks.size) == (0, 1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run's folder: an empty checkpoint, and settings with another seed and of another architecture."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for suffix in (".index", ".data-00000-of-00001"):
+        (folder / f"model-6{suffix}").touch()
+    settings = Config()
+    settings.update([*SETTINGS, "TRAIN.SEED=5", "FPN.NUM_CHANNEL=8", "TEST.RESULTS_PER_IM=7"])
+    checkpoint.save_config(settings, folder / "config.json")
+    return folder
+
+
+def test_a_resumed_run_takes_its_settings_and_no_weights(fresh, finished):
+    settings, is_resumed = train.prepare(arguments_of("--resume", "--config", "TRAIN.SEED=6"), finished)
+    assert is_resumed
+    assert (settings["TRAIN"]["SEED"], settings["FPN"]["NUM_CHANNEL"], settings["TEST"]["RESULTS_PER_IM"]) == (6, 8, 7)
+
+
+def test_a_resumed_run_loads_nothing_else(start, finished):
+    run = start("--resume", "--load", finished)
+    assert (run.is_resumed, run.weights) == (True, None)
+
+
+def test_a_fine_tuned_run_loads_the_newest_checkpoint(start, finished, tmp_path):
+    run = start("--logdir", tmp_path / "new", "--load", finished)
+    assert (run.is_resumed, run.weights) == (False, (finished / "model-6", False))
+
+
+def test_the_images_of_all_data_sets_are_checked(start, monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        train, "check_sizes", lambda records, *, max_dropped: checked.append((len(records), max_dropped))
+    )
+    start(settings=["DATA.MAX_DROPPED=0.25"])
+    assert checked == [(10, 0.25), (4, 0.25)]
+
+
+def test_resuming_a_folder_without_a_checkpoint_starts_a_new_run(fresh, finished):
+    (finished / "model-6.index").unlink()
+    settings, is_resumed = train.prepare(arguments_of("--resume", "--config", "BACKBONE.FREEZE_AT=0"), finished)
+    assert not is_resumed
+    assert settings["TRAIN"]["SEED"] == 0
+    with pytest.raises(ConfigError, match="exists already"):
+        train.prepare(arguments_of(), finished)
+
+
+def test_fine_tuning_takes_what_the_weights_need_and_nothing_else(fresh, finished, tmp_path):
+    arguments = arguments_of("--load", finished, "--config", "MODE_FPN=True")
+    settings, is_resumed = train.prepare(arguments, tmp_path / "new")
+    assert not is_resumed
+    assert settings["RPN"]["ANCHOR_SIZES"] == (8, 16, 32, 64, 128)
+    assert settings["BACKBONE"]["NORM"] == Config().BACKBONE.NORM == "FreezeBN"
+    assert settings["FPN"]["NUM_CHANNEL"] == Config().FPN.NUM_CHANNEL == 256
+    assert (settings["TRAIN"]["SEED"], settings["TEST"]["RESULTS_PER_IM"]) == (0, 100)
+    (finished / "config.json").unlink()
+    train.prepare(arguments, tmp_path / "new")
+
+
+def test_plugins_of_the_run_are_needed_and_recorded(fresh, finished, tmp_path):
+    arguments = arguments_of()
+    arguments.plugins = ["my_parts"]
+    assert train.prepare(arguments, tmp_path / "new")[0]["PLUGINS"] == ("my_parts",)
+    settings = Config()
+    settings.load(finished / "config.json")
+    settings.PLUGINS = ["my_parts"]
+    checkpoint.save_config(settings, finished / "config.json")
+    for flags in (["--resume"], ["--load", finished]):
+        with pytest.raises(PluginError, match="my_parts"):
+            train.prepare(arguments_of(*flags), finished if "--resume" in flags else tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("load", "backbone", "found"),
+    [(None, "", None), ("a.npz", "", ("a.npz", False)), (None, "a.npz", ("a.npz", True)), ("a.npz", "a.npz", "either")],
+)
+def test_initial_weights_are_of_a_detector_or_a_backbone(fresh, tmp_path, load, backbone, found):
+    (tmp_path / "a.npz").touch()
+    fresh.BACKBONE.WEIGHTS = backbone and str(tmp_path / backbone)
+    load = load and str(tmp_path / load)
+    if found == "either":
+        with pytest.raises(ConfigError, match="give either --load or BACKBONE.WEIGHTS"):
+            train.find_weights(load)
+    else:
+        assert train.find_weights(load) == (found and (tmp_path / found[0], found[1]))
+
+
+@pytest.mark.parametrize(
+    ("is_launched", "trainer", "is_installed", "message"),
+    [
+        (True, "replicated", True, "horovodrun needs TRAINER=horovod"),
+        (False, "horovod", False, "TRAINER=horovod needs Horovod: run `make horovod` first"),
+        (True, "horovod", True, None),
+        (False, "replicated", False, None),
+    ],
+)
+def test_horovod_s_launcher_and_trainer_need_each_other(
+    fresh, tmp_path, monkeypatch, is_launched, trainer, is_installed, message
+):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if is_installed else None)
+    if is_launched:
+        monkeypatch.setenv("HOROVOD_SIZE", "2")
+    arguments = arguments_of("--config", f"TRAINER={trainer}")
+    if message is None:
+        train.prepare(arguments, tmp_path / "new")
+    else:
+        with pytest.raises(ConfigError, match=message):
+            train.prepare(arguments, tmp_path / "new")
+
+
+def test_a_process_alone_has_one_rank(fresh):
+    assert type(train.join_ranks()) is Ranks
+
+
+def test_data_without_objects_are_refused(fresh):
+    fresh.DATA.TRAIN = ["empty"]
+    asked = []
+
+    def dataset(*counts):
+        records = [SimpleNamespace(labels=[1] * count) for count in counts]
+        return SimpleNamespace(records=lambda **options: asked.append(options) or records)
+
+    with pytest.raises(ConfigError, match=r"DATA.TRAIN=.*empty.*: no image shows an object to train on"):
+        train.training_records([dataset(0, 0), dataset()])
+    assert [len(record.labels) for record in train.training_records([dataset(0, 2), dataset(1)])] == [0, 2, 1]
+    options = {"training": True, "filter_empty": True, "masks": True, "max_dropped": 0.01}
+    assert asked == [options] * 4
+    fresh.update(["MODE_MASK=False", "DATA.FILTER_EMPTY_ANNOTATIONS=False", "DATA.MAX_DROPPED=0.2"])
+    train.training_records([dataset(1)])
+    assert asked[4] == {"training": True, "filter_empty": False, "masks": False, "max_dropped": 0.2}
+
+
+def test_messages_are_kept_until_the_run_has_a_log():
+    names = ("train", "config", "data", "dataset", "common")
+    states = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    handler, received = train.collect_messages(), []
+    try:
+        for name in names:
+            logging.getLogger(f"{name}.part" if name != "train" else name).info("from %s", name)
+            logging.getLogger(name).debug("too fine")
+        logging.getLogger("dataset").error("an error")
+        assert len(handler.buffer) == len(names) + 1
+        target = logging.Handler()
+        target.emit = lambda record: received.append(record.getMessage())
+        handler.setTarget(target)
+        handler.flush()
+    finally:
+        for logger, level in states:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    assert received == [*(f"from {name}" for name in names), "an error"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (ConfigError("wrong"), 2), (DataError("gone"), 4)])
+def test_the_exit_code_is_the_error_s(monkeypatch, capsys, error, code):
+    def main(_):
+        if error:
+            raise error
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(train, "parse_arguments", lambda: None)
+    assert train.run_program() == code
+    assert capsys.readouterr().err == (f"train.py: {error}\n" if error else "")
+
+
 def test_missing_json_is_named(basedir, tmp_path):
     (tmp_path / "shapes_train").mkdir()
-    result = run(
-        "train.py", "--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}", timeout=30
-    )
+    flags = ["--logdir", tmp_path / "run", "--config", *SETTINGS, f"DATA.BASEDIR={tmp_path}"]
+    result = run("train.py", *flags, with_tensorflow=False)
     assert result.returncode == 2
     assert "instances_shapes_train.json" in result.stderr

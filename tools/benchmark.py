@@ -105,8 +105,15 @@ def configure(case):
 
 def prepare_training(case):
     """Prepares training steps on one and the same batch: losses, gradients and the update."""
+    from training.exactness import complete_gradients
+
     session, fetches, feed, work = training_graph(case)
-    return (lambda: session.run(fetches, feed)), work
+
+    def step():
+        with complete_gradients():
+            session.run(fetches, feed)
+
+    return step, work
 
 
 def training_graph(case):

@@ -75,10 +75,17 @@ class TimedQueueInput(QueueInput):
 
     def _get_input_tensors(self):
         with tf.device("/cpu:0"):
-            start = tf.timestamp(name="input_wanted")
+            start = _now("input_wanted")
             with tf.control_dependencies([start]):
                 tensors = super()._get_input_tensors()
             with tf.control_dependencies(tensors):
-                data_time = tf.subtract(tf.timestamp(name="input_there"), start)
+                data_time = tf.subtract(_now("input_there"), start)
             add_moving_summary(tf.cast(data_time, tf.float32, name="data_time"))
         return tensors
+
+
+def _now(name):
+    """Returns the seconds of a monotonic clock, float64 scalar. `tf.timestamp` fails while ops are deterministic."""
+    now = tf.numpy_function(time.monotonic, [], tf.float64, name=name)
+    now.set_shape([])
+    return now

@@ -28,6 +28,7 @@ from inference import stages
 from inference.graph import Inference, TowerInference, session_config
 from modeling import rcnn
 from training import monitors, optimizers, trainers
+from training.exactness import CompleteGradients
 from training.guards import CheckpointSaver, Guard
 from training.input import Batches, TimedQueueInput
 from training.model import TrainingModel
@@ -264,6 +265,7 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
             draw=draw if settings.TRAIN.EVAL_PICTURES else None,
         ),
         EstimatedTimeLeft(),
+        CompleteGradients(),
     ]
 
 

@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, never over another one unasked."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -201,31 +202,28 @@ sys.path.insert(0, {root!r})
 from common.files import write_whole
 os.replace, os.link, os.open, os.fsync, os.close, os.unlink = map(
     dying, (os.replace, os.link, os.open, os.fsync, os.close, os.unlink))
-write_whole({path!r}, "new", overwrite={overwrite})
+die_everywhere(lambda number: write_whole(f"{folder}/{{number}}/x.txt", "new", overwrite={overwrite}))
 """
 )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment_the_file_is_absent_or_old_or_new(tmp_path, overwrite):
-    found, code, number = [], 9, 0
-    while code == 9:
-        number += 1
-        path = tmp_path / str(number) / "x.txt"
+    before, paths = "old" if overwrite else None, [tmp_path / str(number) / "x.txt" for number in range(1, 31)]
+    for path in paths:
         path.parent.mkdir()
         if overwrite:
             path.write_text("old")
-        script = KILLED.format(root=str(ROOT), number=number, path=str(path), overwrite=overwrite)
-        code = subprocess.run([sys.executable, "-c", script], timeout=60).returncode
-        found.append(path.read_text() if path.exists() else None)
+    script = KILLED.format(root=str(ROOT), folder=str(tmp_path), overwrite=overwrite)
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    found = [path.read_text() if path.exists() else None for path in paths]
+    assert set(found) == {before, "new"}
+    num_moments = max(number for number, content in enumerate(found, 1) if content == "new")
+    assert found[:num_moments] == sorted(found[:num_moments], key=lambda content: content == "new")
+    assert num_moments > 3
+    for path in paths:
         leftovers = set(path.parent.iterdir()) - {path}
         assert all(left.name.startswith(".") for left in leftovers)
-    assert code == 0
-    assert found[-1] == "new"
-    before = "old" if overwrite else None
-    assert set(found) == {before, "new"}
-    assert found == sorted(found, key=lambda content: content == "new")
-    assert number > 3
 
 
 def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -246,6 +244,28 @@ def test_what_need_not_be_durable_does_not_wait_for_the_disk(tmp_path, monkeypat
     write_whole(tmp_path / "x.txt", "text", durable=False)
     write_new(tmp_path / "x.png", {".png": b"picture", ".json": b"results"})
     assert contents(tmp_path) == {"x.txt": "text", "x.png": "picture", "x.json": "results"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_flushing_closes_what_it_opens(tmp_path, monkeypatch, fails):
+    opened, closed, close = [], [], os.close
+
+    def fsync(descriptor):
+        opened.append(descriptor)
+        if fails:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+    with pytest.raises(OSError, match="Input/output") if fails else contextlib.nullcontext():
+        files.flush(tmp_path)
+    assert len(opened) == 1
+    assert closed == opened
+
+
+def test_an_error_without_a_number_is_told_by_its_text(tmp_path):
+    with pytest.raises(FileError, match=r"^cannot write x\.txt: the library says so$"), files.writing("x.txt"):
+        raise OSError("the library says so")
 
 
 def test_two_threads_that_write_at_one_path_do_not_meet(tmp_path):
@@ -272,6 +292,8 @@ def test_unused_path_is_the_first_number_that_is_free_with_all_suffixes(tmp_path
     (tmp_path / "x-2.json").write_text("")
     assert unused_path(path) == tmp_path / "x-2.png"
     assert unused_path(path, suffixes=[".json"]) == tmp_path / "x-3.png"
+    (tmp_path / "x-3.json").symlink_to("gone")
+    assert unused_path(path, suffixes=[".txt", ".json"]) == tmp_path / "x-4.png"
 
 
 def test_new_files_share_the_first_name_that_is_free(tmp_path):
@@ -304,7 +326,9 @@ def test_where_one_of_new_files_is_taken_at_the_last_moment_all_get_the_next_num
 
 
 @pytest.mark.parametrize("large", [".png", ".json"])
-def test_of_new_files_for_which_the_disk_is_too_full_none_stays(tmp_path, large):
+def test_of_new_files_for_which_the_disk_is_too_full_none_stays(tmp_path, monkeypatch, large):
+    tries = iter([tmp_path / "x.png"])
+    monkeypatch.setattr(files, "unused_path", lambda *_, **__: next(tries))  # another name would be as full
     written = {suffix: b"x" * (2000 if suffix == large else 10) for suffix in (".png", ".json")}
     with full_disk(1000), pytest.raises(FileError, match=rf"cannot write .*x\{large}: File too large"):
         write_new(tmp_path / "x.png", written)

@@ -66,6 +66,39 @@ def test_a_module_that_another_one_hides_is_refused(folder):
         plugins.load_plugins(["json"])
 
 
+def test_the_current_directory_is_searched_last(folder):
+    (folder / "installed").mkdir()
+    sys.path.append(str(folder / "installed"))
+    for place in (folder, folder / "installed"):
+        (place / "own_plugin.py").write_text("")
+    with pytest.raises(plugins.PluginError) as error:
+        plugins.load_plugins(["own_plugin"])
+    first, second = folder / "installed" / "own_plugin.py", folder / "own_plugin.py"
+    assert str(error.value) == f"--plugins own_plugin: Python found {first} first: rename {second}"
+
+
+def test_a_module_of_a_package_is_found_by_its_dotted_name(folder):
+    (folder / "own_package").mkdir()
+    for name in ("__init__", "part"):
+        (folder / "own_package" / f"{name}.py").write_text("")
+    plugins.load_plugins(["own_package.part"])
+    assert "own_package.part" in sys.modules
+    (folder / "xml").mkdir()
+    (folder / "xml" / "dom.py").write_text("")
+    with pytest.raises(plugins.PluginError, match="Python found .* first: rename .*xml/dom.py"):
+        plugins.load_plugins(["xml.dom"])
+
+
+def test_no_plugins_leave_the_path_alone(folder):
+    before = list(sys.path)
+    plugins.load_plugins([])
+    assert sys.path == before
+    for _ in range(2):
+        (folder / "own_plugin.py").write_text("")
+        plugins.load_plugins(["own_plugin"])
+    assert sys.path == [*before, str(folder)]
+
+
 def test_a_run_names_all_that_it_misses():
     with pytest.raises(
         plugins.PluginError, match="runs/a was trained with plugins: add --plugins one_plugin two_plugin, or"

@@ -65,3 +65,20 @@ def test_a_name_of_none_is_taken_too(colours):
     assert colours.find("nothing") is None
     with pytest.raises(ConfigError, match="registered already"):
         colours.register("nothing", object())
+
+
+def test_three_near_names_are_listed_and_no_more():
+    registry = Registry("PAINT.COLOUR")
+    for name in ("blue1", "blue2", "blue3", "blue4", "red"):
+        registry.register(name, name)
+    with pytest.raises(ConfigError) as error:
+        registry.find("blue")
+    listed = str(error.value).partition("(near: ")[2].partition(";")[0].split(", ")
+    assert len(listed) == 3 and set(listed) < {"blue1", "blue2", "blue3", "blue4"}
+
+
+def test_several_names_are_found_in_their_order(colours):
+    values = colours.find_all(["red", "greenish"])
+    assert values == [colours["red"], colours["greenish"]] and colours.find_all(()) == []
+    with pytest.raises(ConfigError, match="no PAINT.COLOUR 'violet'"):
+        colours.find_all(["red", "violet"])

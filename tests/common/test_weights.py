@@ -83,14 +83,18 @@ def test_match_and_report():
         (weights.check_complete, values(conv0__W=None), "1 absent, first conv0/W"),
         (weights.check_complete, values(conv0__W=[3, 2]), "1 other shapes"),
         (weights.check_complete, {"other/W": np.zeros(1)}, "holds no variable of this model"),
+        (weights.check_complete, values(maskrcnn__conv__b=[9], conv0__W=None), "1 other shapes, 1 absent, first mask"),
         (weights.check_complete, {"conv0/W": np.zeros([2, 3])}, "BACKBONE.WEIGHTS"),
         (weights.check_finetune, values(fastrcnn__outputs__class__W=[5, 3], maskrcnn__conv__b=[2]), None),
         (weights.check_finetune, values(conv0__W=[3, 2]), "another model: 1 variables don't fit, first conv0/W"),
         (weights.check_finetune, values(maskrcnn__conv__b=None), "first maskrcnn/conv/b"),
         (weights.check_finetune, {"conv0/W": np.zeros([2, 3])}, "BACKBONE.WEIGHTS"),
+        (weights.check_finetune, {"other/W": np.zeros(1)}, "holds no variable of this model"),
+        (weights.check_finetune, values(other__W=[1]), None),
         (weights.check_backbone, {"conv0/W": np.zeros([2, 3]), "linear/W": np.zeros(9)}, None),
         (weights.check_backbone, {"conv0/W": np.zeros([3, 2])}, "first conv0/W"),
         (weights.check_backbone, {"conv0/W": np.zeros([2, 3]), "other/W": np.zeros(1)}, "too many, first other/W"),
+        (weights.check_backbone, {"conv0/W": np.zeros([2, 3]), "linear2/W": np.zeros(9)}, "too many, first linear2/W"),
     ],
 )
 def test_what_fits_which_purpose(check, content, message):
@@ -101,6 +105,42 @@ def test_what_fits_which_purpose(check, content, message):
     with pytest.raises(checkpoint.CheckpointMismatch, match=message) as error:
         check("file.npz", matched, {"conv0/W"})
     assert error.value.exit_code == 5
+
+
+def test_the_report_names_twenty_variables_and_counts_the_rest():
+    for num_absent, num_lines in ((20, 21), (21, 22), (30, 22)):
+        shapes = {f"layer{number:02}/W": [1] for number in range(num_absent)}
+        lines = weights.report("file.npz", {}, shapes, weights.match({}, shapes))
+        assert len(lines) == num_lines
+        assert lines[20].split() == ["layer19/W", "absent", "in", "the", "file"]
+        assert lines[21:] == ([f"  ... and {num_absent - 20} more"] if num_absent > 20 else [])
+
+
+def test_a_model_that_is_a_backbone_alone_is_complete():
+    shapes = {"conv0/W": [2, 3], "conv1/W": [4]}
+    matched = weights.match({name: np.zeros(shape) for name, shape in shapes.items()}, shapes)
+    weights.check_complete("file.npz", matched, set(shapes))
+    weights.check_finetune("file.npz", matched, set(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "depends"),
+    [
+        *((f"{layer}/{part}", True) for layer in ("fastrcnn/class", "fastrcnn/box") for part in "Wb"),
+        *((f"{layer}/W", True) for layer in ("fastrcnn/outputs/box", "cascade_rcnn_stage3/outputs/class")),
+        *(("maskrcnn/conv/W", True), ("maskrcnn/conv/b", True), ("maskrcnn/deconv/W", False), ("rpn/class/W", False)),
+        *(("fastrcnn/fc6/W", False), ("my/fastrcnn/class/W", False), ("fastrcnn/class/W/x", False)),
+        *(("cascade_rcnn_stage/outputs/class/W", False), ("maskrcnn/conv/gamma", False), ("rpn/conv0/W", False)),
+    ],
+)
+def test_which_layers_may_differ_in_fine_tuning(name, depends):
+    matched = weights.match({name: np.zeros(3), "other": np.zeros(1)}, {name: [4], "other": [1]})
+    assert matched.mismatched == [name]
+    if depends:
+        weights.check_finetune("file.npz", matched, set())
+    else:
+        with pytest.raises(checkpoint.CheckpointMismatch, match=f"1 variables don't fit, first {name};"):
+            weights.check_finetune("file.npz", matched, set())
 
 
 @pytest.mark.parametrize(
@@ -193,6 +233,17 @@ def test_restore_gives_all_variables_their_values_and_types(tmp_path):
             weights.restore(snapshot, session)
 
 
+@pytest.mark.parametrize("changed", [{"conv0/W": np.ones([3, 2], np.float32)}, {"conv0/b": np.ones(2, np.float32)}])
+def test_restore_refuses_other_shapes_and_excess_variables(tmp_path, changed):
+    snapshot = weights.Snapshot(tmp_path / "model-7", 7, {"conv0/W": np.ones([2, 3], np.float32)} | changed, {})
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        tfv1.get_variable("conv0/W", [2, 3], initializer=tf.zeros_initializer())
+        message = f"model-7 is of another model or optimizer: 1 variables don't fit, first {next(iter(changed))}"
+        with pytest.raises(checkpoint.CheckpointMismatch, match=message) as error:
+            weights.restore(snapshot, session)
+    assert error.value.exit_code == 5
+
+
 def test_variables_made_of_one_tensor_get_values_of_their_own(tmp_path):
     np.savez(tmp_path / "zoo.npz", a=np.full(2, 1.0), b=np.full(2, 2.0), c=np.full(2, 3.0))
     with tf.Graph().as_default(), tfv1.Session() as session:
@@ -222,6 +273,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         model_variable("conv0/W", [2, 3])
         with pytest.raises(checkpoint.CheckpointMismatch, match="not finite: 1 variables, first conv0/W"):
             weights.load(tmp_path / "bad.npz", session, check=weights.check_complete)
+        np.savez(tmp_path / "good.npz", **{"conv0/W": np.ones([2, 3]), "unused": np.full(3, np.inf)})
+        weights.load(tmp_path / "good.npz", session, check=weights.check_complete)
 
 
 # ---------------------------------------------------------------- variables of any name

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import is_alive, wait_until
 
 import environment as environment_module
 import horovod_wheel
@@ -47,7 +48,7 @@ def machine(tmp_path):
 
 def check(machine, *arguments, **variables):
     command = [ROOT / "setup" / "prerequisites", *arguments]
-    return subprocess.run(command, env={"PATH": str(machine), **variables}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env={"PATH": str(machine), **variables}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arguments", [(), ("compiler",)])
@@ -116,7 +117,7 @@ def checkout(tmp_path):
 
 
 def run(*command, cwd=None):
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
 def test_script_runs_in_its_environment(checkout, tmp_path):
@@ -183,13 +184,6 @@ def test_milestone_is_the_last_telling_line(tmp_path):
     assert progress.milestone(log) == "[ 12%] Building CXX object x.o"
 
 
-def alive(process_id):
-    try:
-        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_interrupt_ends_the_whole_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.05)
     note = tmp_path / "grandchild"
@@ -203,10 +197,7 @@ def test_interrupt_ends_the_whole_tree(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         command = ["sh", "-c", f"sleep 300 & echo $! >'{note}'; wait"]
         progress.run_logged(command, log=tmp_path / "log", env=dict(os.environ))
-    deadline = time.monotonic() + 30
-    while alive(int(note.read_text())) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(int(note.read_text()))
+    wait_until(lambda: not is_alive(int(note.read_text())))
 
 
 # ---- the environment

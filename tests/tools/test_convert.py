@@ -635,14 +635,20 @@ def test_leftovers_are_an_error_unless_allowed(tmp_path):
         run_convert(source, tmp_path / "out.npz", "--allow-leftover")
 
 
+@pytest.mark.parametrize("options", [[], ["--to", "torchvision"]])
+def test_an_existing_output_is_refused_before_anything_is_read(options, tmp_path):
+    (tmp_path / "out.npz").write_bytes(b"kept")
+    with pytest.raises(UserError, match="out.npz exists already"):
+        run_convert(tmp_path / "no_leftovers.pth", tmp_path / "out.npz", *options)
+    assert (tmp_path / "out.npz").read_bytes() == b"kept"
+
+
 @pytest.mark.slow
 def test_the_program_reports_and_refuses(tmp_path):
     """As it is used: what maps to what, both hashes, the settings to paste; then a bad file."""
     source = write_pth(tmp_path / "source.pth", foreign.resnet_shapes(foreign.TorchvisionNames()).arrays())
     command = [sys.executable, "-m", "tools.convert", str(source), str(tmp_path / "out.npz")]
-    result = subprocess.run(
-        command, cwd=convert.__file__.rsplit("/", 2)[0], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run(command, cwd=convert.__file__.rsplit("/", 2)[0], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "layer1.0.conv2.weight" in result.stdout
     assert "BACKBONE.RESNET_NUM_BLOCKS='[1,2,1,1]'" in result.stdout
@@ -651,9 +657,7 @@ def test_the_program_reports_and_refuses(tmp_path):
         assert hashed in result.stdout
     source.write_bytes(b"PK broken")
     command[-1] = str(tmp_path / "other.npz")
-    result = subprocess.run(
-        command, cwd=convert.__file__.rsplit("/", 2)[0], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run(command, cwd=convert.__file__.rsplit("/", 2)[0], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (5, "")
     assert len(result.stderr.splitlines()) == 1
 

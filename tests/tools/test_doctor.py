@@ -390,16 +390,17 @@ def test_a_cleaned_copy_is_clean_and_keeps_the_rest(case, data_set, fresh_config
 
 BOMB = """
 import resource, sys
+import psutil
 from common.errors import ImageError
 from dataset.images import image_size, load_image
 load_image(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+limit = psutil.Process().memory_info().vms + 10**8  # bytes; the decoded pixels need four times these 100 MB
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 for read in (load_image, image_size):
     try:
         sys.exit(f"read {read(sys.argv[2])}")
     except ImageError as error:
         assert "20000 x 20000 pixels are more than the 100,000,000" in str(error), error
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
@@ -408,7 +409,6 @@ def test_a_bomb_needs_no_memory(data_set):
     command = [sys.executable, "-c", BOMB, data_set.images / "1.jpg", data_set.images / "bomb.png"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 10, "megabytes"
 
 
 # What costs no detector anything. (A box that reaches outside costs every detector that stays inside.)
@@ -536,7 +536,7 @@ def test_nothing_is_overwritten(data_set, fresh_config, capsys):
 def test_command_line(data_set):
     def run(*arguments):
         command = [sys.executable, "-m", "tools.doctor", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     data_set.write()
     clean = run(data_set.json, data_set.images)

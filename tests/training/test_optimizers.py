@@ -1,11 +1,77 @@
 """Accumulated gradients, and dynamic loss scaling, alone and with accumulation, momentum and several towers."""
 
+import inspect
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
 from training import optimizers
+
+
+def test_momentum_is_a_tenth_s_forgetting_without_nesterov():
+    """Momentum 0.9, as all published recipes have it: v = 0.9 v + g, w = w - rate v."""
+    rates, gradients = [0.1, 0.1, 0.01, 0.01], [1.0, -2.0, 3.0, 0.5]
+    weight, velocity, expected = 0.0, 0.0, []
+    for rate, gradient in zip(rates, gradients):
+        velocity = 0.9 * velocity + gradient
+        weight -= rate * velocity
+        expected.append(weight)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        learning_rate = tfv1.get_variable("learning_rate", initializer=0.0, trainable=False)
+        variable = tfv1.get_variable("x", initializer=0.0)
+        gradient = tfv1.placeholder(tf.float32, [])
+        step = optimizers.OPTIMIZERS.find("momentum")(learning_rate).apply_gradients([(gradient, variable)])
+        session.run(tfv1.global_variables_initializer())
+        found = []
+        for rate, value in zip(rates, gradients):
+            learning_rate.load(rate, session)
+            session.run(step, {gradient: value})
+            found.append(session.run(variable))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_constants_of_loss_scaling_are_keras_s():
+    standard = inspect.signature(tf.keras.mixed_precision.LossScaleOptimizer).parameters
+    assert standard["initial_scale"].default == optimizers.FIRST_SCALE
+    assert standard["dynamic_growth_steps"].default == optimizers.SCALE_PATIENCE
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_the_gradient_s_norm_is_measured_once_over_all_variables(is_scaled):
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        variables = [tfv1.get_variable(f"tower{i}/x", [2], initializer=tf.zeros_initializer()) for i in range(2)]
+        fed = [tfv1.placeholder(tf.float32, [2]) for _ in range(2)]
+        model = SimpleNamespace(gradient_norm=None)
+        optimizer = tfv1.train.GradientDescentOptimizer(1.0)
+        optimizer = optimizers.Measured(optimizers.LossScaled(optimizer) if is_scaled else optimizer, model)
+        loss = tf.reduce_sum(variables[0] * fed[0]) + tf.reduce_sum(variables[1] * fed[1])
+        gradients = optimizer.compute_gradients(loss, var_list=[*variables])
+        step = optimizer.apply_gradients(gradients)
+        norm = model.gradient_norm
+        optimizer.apply_gradients(gradients[:1])  # of another tower
+        assert model.gradient_norm is norm
+        session.run(tfv1.global_variables_initializer())
+        assert session.run(norm, dict(zip(fed, ([1, 2], [4, 10])))) == 11  # 1 + 4 + 16 + 100 = 121
+        overflowed = session.run(norm, dict(zip(fed, ([1, 2], [np.inf, 10]))))
+        assert overflowed == (0 if is_scaled else np.inf)
+        session.run(step, dict(zip(fed, ([1, 2], [4, 10]))))
+        np.testing.assert_array_equal(session.run(variables), [[-1, -2], [-4, -10]])
+
+
+def test_variables_without_a_gradient_are_left_alone():
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        used, unused = (tfv1.get_variable(name, initializer=1.0) for name in ("used", "unused"))
+        optimizer = tfv1.train.GradientDescentOptimizer(1.0)
+        optimizer = optimizers.LossScaled(optimizers.Accumulated(optimizer, 1))
+        gradients = optimizer.compute_gradients(3 * used, var_list=[unused, used])
+        assert gradients[0] == (None, unused)
+        step = optimizer.apply_gradients(gradients)
+        session.run(tfv1.global_variables_initializer())
+        session.run(step)
+        assert session.run([used, unused]) == [-2, 1]
 
 
 def test_accumulated_updates_are_momentum_steps_on_means():
@@ -67,6 +133,10 @@ class TestLossScaled:
     def test_good_steps_double_the_scale(self, descend):
         scales = [descend(1.0)[2] for _ in range(7)]
         assert np.log2(scales).tolist() == [14, 14, 15, 15, 15, 16, 15]  # 2^16 is beyond float16
+
+    def test_an_overflow_starts_the_count_of_good_steps_again(self, descend):
+        scales = [descend(value)[2] for value in (1.0, 1.0, 8.0, 1.0, 1.0, 1.0)]  # 8 times 2^14 is beyond float16
+        assert np.log2(scales).tolist() == [14, 14, 13, 13, 13, 14]
 
     def test_an_infinite_gradient_at_the_lowest_scale_is_seen(self, descend):
         for _ in range(14):

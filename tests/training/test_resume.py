@@ -8,9 +8,12 @@ import pytest
 
 import train
 from common import weights
+from common.errors import DataError
 from config import Config, ConfigError
+from training import resume
+from training.guards import NotSaved
 from training.resume import rewind_statistics
-from training.run import find_position, find_snapshot, run_state
+from training.run import check_end, find_position, find_snapshot, run_state, save_config
 
 
 @pytest.mark.parametrize(
@@ -52,11 +55,13 @@ def test_rewinding_statistics_keeps_the_past(tmp_path):
     rows = [{"epoch_num": epoch, "global_step": 6 * epoch, "loss": 0.5} for epoch in (1, 2, 3)]
     (tmp_path / "stats.json").write_text(json.dumps(rows))
     assert rewind_statistics(tmp_path, 20) == {6, 12, 18}
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.json"]
     assert rewind_statistics(tmp_path, 12) == {6, 12}
     assert json.loads((tmp_path / "stats.json").read_text()) == rows[:2]
     assert json.loads((tmp_path / "stats-1.json").read_text()) == rows
     assert rewind_statistics(tmp_path, 0) == set()
     assert not (tmp_path / "stats.json").exists()
+    assert json.loads((tmp_path / "stats-2.json").read_text()) == rows[:2]
     assert rewind_statistics(tmp_path / "nowhere", 0) == set()
 
 
@@ -94,9 +99,95 @@ def test_a_run_of_other_data_or_devices_is_refused(monkeypatch):
     state = run_state(run, SCHEDULE)
     monkeypatch.setattr(weights, "newest_readable", lambda _: weights.Snapshot(Path("run/model-6"), 6, {}, state))
     assert find_snapshot(run, SCHEDULE).step == 6
+    assert state == {
+        "images per step": 2,
+        "TRAIN.BATCH_SIZE_PER_GPU": 1,
+        "ranks": 2,
+        "images of DATA.TRAIN": 10,
+        "TRAIN.SEED": 0,
+        "DATA.REPEAT_THRESHOLD": 0.0,
+    }
     run.ranks.size = 4
     run.records.pop()
     with pytest.raises(
         ConfigError, match=r"other ranks \(2, now 4\), images of DATA.TRAIN \(10, now 9\): .*--load run"
     ):
         find_snapshot(run, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("TRAIN.BATCH_SIZE_PER_GPU", 4), ("TRAIN.SEED", 9), ("DATA.REPEAT_THRESHOLD", 0.01)]
+)
+def test_settings_that_change_the_order_of_the_data_belong_to_the_state(key, value):
+    run = SimpleNamespace(settings=Config(), ranks=SimpleNamespace(size=1), records=[])
+    run.settings.update([f"{key}={value}"])
+    assert run_state(run, SCHEDULE)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("of", "is_backbone"), [(None, None), ((Path("model-6"), False), False), ((Path("R50.npz"), True), True)]
+)
+def test_initial_weights_are_checked_by_their_purpose(of, is_backbone, monkeypatch):
+    loaded, logged = [], []
+
+    def load(path, session, *, check):
+        loaded.append((path, session, check))
+        return None, ["2 loaded", "  x absent"]
+
+    monkeypatch.setattr(weights, "load", load)
+    monkeypatch.setattr(resume.logger, "info", logged.append)
+    start = resume.InitialWeights.of(of)
+    if of is None:
+        assert start is None
+        return
+    start._run_init("session")
+    check = weights.check_backbone if is_backbone else weights.check_finetune
+    assert loaded == [(of[0], "session", check)]
+    assert logged == ["2 loaded", "  x absent"]
+
+
+def test_a_resumed_run_restores_its_snapshot(monkeypatch):
+    restored = []
+    monkeypatch.setattr(weights, "restore", lambda *arguments: restored.append(arguments))
+    snapshot = SimpleNamespace(path="run/model-6")
+    resume.Resumed(snapshot)._run_init("session")
+    assert restored == [(snapshot, "session")]
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+@pytest.mark.parametrize(
+    ("position", "planned"),
+    [((0, 1, 0), 30), ((6, 2, 0), 30), ((8, 2, 2), 30), ((6, 1, 6), 30), ((4, 1, 4), 30), ((30, 6, 0), 30)],
+)
+def test_a_run_that_made_all_its_steps_ends_well_and_another_one_does_not(position, planned):
+    schedule = SimpleNamespace(epochs=5, steps_per_epoch=6)
+    parts = {"batches": SimpleNamespace(raise_error=int), "saver": SimpleNamespace(raise_failure=int)}
+    check_end(planned, position, schedule, **parts)
+    with pytest.raises(DataError, match=f"^the data ended at step {planned - 1} of {planned}$"):
+        check_end(planned - 1, position, schedule, **parts)
+
+
+def test_the_first_cause_of_an_early_end_is_raised():
+    def fail(error):
+        raise error
+
+    data_failed = SimpleNamespace(raise_error=lambda: fail(DataError("image 7")))
+    good = SimpleNamespace(raise_error=int)
+    not_saved = SimpleNamespace(raise_failure=lambda: fail(NotSaved("disk full")))
+    schedule = SimpleNamespace(epochs=5, steps_per_epoch=6)
+    with pytest.raises(DataError, match="image 7"):
+        check_end(7, (0, 1, 0), schedule, batches=data_failed, saver=not_saved)
+    with pytest.raises(NotSaved):
+        check_end(7, (0, 1, 0), schedule, batches=good, saver=not_saved)
+
+
+def test_settings_of_an_earlier_start_are_kept_under_another_name(tmp_path):
+    first, second = Config(), Config()
+    second.update(["TRAIN.SEED=5"])
+    for settings in (first, first, second):
+        save_config(settings, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config-1.json", "config.json"]
+    assert json.loads((tmp_path / "config-1.json").read_text()) == json.loads(first.to_json())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(second.to_json())

@@ -1,9 +1,17 @@
 """The schedule that fits a recipe to the devices."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorpack import ModelDesc, SimpleTrainer, TrainConfig, launch_train_with_config
+from tensorpack.callbacks import Callback
+from tensorpack.compat import tfv1
+from tensorpack.dataflow import DataFromList
 
-from training.schedule import derive_schedule
+from training.resume import AfterFirstStep, FirstEpochFrom
+from training.schedule import LearningRateSetter, derive_schedule
 
 RECIPE = dict(
     base_lr=0.01,
@@ -55,3 +63,61 @@ def test_learning_rate_at_each_step():
 def test_no_warmup():
     schedule = derive_schedule(devices=8, batch_per_device=1, **{**RECIPE, "warmup_steps": 0})
     assert schedule.learning_rate_at(0) == 0.01
+
+
+def test_a_schedule_reads_as_a_sentence():
+    schedule = derive_schedule(devices=3, batch_per_device=1, **RECIPE)
+    assert str(schedule) == (
+        "3 images per step, 3 steps per update (total batch 9); learning rate 0.01125 after 1000 steps of warm-up from "
+        "1e-05, a tenth at steps: 320000, 426667; 480000 steps in 960 epochs of 500 steps = 12.3 passes over the data"
+    )
+    schedule = derive_schedule(devices=8, batch_per_device=1, **{**RECIPE, "lr_schedule": [600]})
+    assert "a tenth at steps: none; 600 steps in 1 epochs of 600 steps" in str(schedule)
+
+
+def test_the_learning_rate_of_each_step_is_the_schedule_s():
+    """A training of five steps, whose gradients are powers of 16: the weight shows which rate each step had."""
+    rates = {0: 1.0, 1: 3.0, 2: 2.0, 3: 5.0, 4: 7.0}
+
+    class OneWeight(ModelDesc):
+        def inputs(self):
+            return [tf.TensorSpec([], tf.float32, "x")]
+
+        def build_graph(self, x):
+            return tf.reduce_sum(tfv1.get_variable("w", [], initializer=tf.zeros_initializer()) * x)
+
+        def optimizer(self):
+            rate = tfv1.get_variable("learning_rate", initializer=0.0, trainable=False)
+            return tfv1.train.GradientDescentOptimizer(rate)
+
+    class Weight(Callback):
+        def _setup_graph(self):
+            (self._weight,) = tfv1.trainable_variables()
+
+        def _trigger_step(self):
+            seen.append(float(self.trainer.sess.run(self._weight)))
+
+        def _trigger_epoch(self):
+            epochs[self.epoch_num] = len(seen)
+
+    seen, called, epochs = [], [], {}
+    settings = TrainConfig(
+        model=OneWeight(),
+        dataflow=DataFromList([[np.float32(16**number)] for number in range(5)], shuffle=False),
+        callbacks=[
+            LearningRateSetter(SimpleNamespace(learning_rate_at=rates.get)),
+            FirstEpochFrom(1),
+            AfterFirstStep(lambda: called.append(len(seen))),
+            Weight(),
+        ],
+        extra_callbacks=[],
+        steps_per_epoch=3,
+        starting_epoch=2,
+        max_epoch=3,
+    )
+    with tf.Graph().as_default():
+        launch_train_with_config(settings, SimpleTrainer())
+    expected = -np.cumsum([rates[step] * 16**step for step in range(5)])  # 2 steps of epoch 2, and 3 of epoch 3
+    assert seen == expected.tolist()
+    assert called == [0]
+    assert epochs == {2: 2, 3: 5}

@@ -1,6 +1,7 @@
 """Several towers and several ranks: the sums over them, and that training with them is training on the joined batch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,6 +117,96 @@ def test_gradient_check_waits_while_a_replica_s_own_gradient_is_not_finite():
         projections = tf.stack([trainers._projections(gradients) for gradients in local])
         error = session.run(trainers._reduction_error(projections, [(tf.constant([1.0, np.inf]), None)]))
     assert np.isnan(error).all()
+
+
+def test_the_error_of_a_reduced_gradient_is_in_units_of_the_mean_norm(monkeypatch):
+    """Two replicas, whose projections have a mean of 1 and whose norms one of 10: up to 0.1 is rounding."""
+    reduced = [1.0, 1.09, 0.91, 1.2, 0.8, 6.0]
+    monkeypatch.setattr(trainers, "_projections", lambda _: tf.constant([reduced, [5.0] * 6]))
+    projections = np.float32([[[3.0] * 6, [4.0] * 6], [[-1.0] * 6, [16.0] * 6]])
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        error = session.run(trainers._reduction_error(projections, None))
+    np.testing.assert_allclose(error, [0, 0, 0, 0.02, 0.02, 0.5], rtol=1e-5)
+
+
+def test_projections_are_linear_and_differ_by_variable():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 50)).astype(np.float32)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        of_a, of_b, of_sum = session.run(
+            [trainers._projections([(tf.constant(x), None), (tf.constant(x), None)]) for x in (a, b, 2 * a + b)]
+        )
+    np.testing.assert_allclose(of_sum[0], 2 * of_a[0] + of_b[0], rtol=1e-4)
+    np.testing.assert_allclose(of_a[1], [np.linalg.norm(a)] * 2, rtol=1e-5)
+    assert of_a[0, 0] != of_a[0, 1]  # else a swap of two equal shapes would go unnoticed
+
+
+def test_the_gradient_check_ends_with_the_first_finite_step(monkeypatch):
+    infos = []
+    monkeypatch.setattr(trainers.logger, "info", infos.append)
+    check = trainers.GradientCheck("error", ["a", "b", "c"])
+    assert check._before_run(None).fetches == "error"
+    check._after_run(None, SimpleNamespace(results=np.array([0, np.nan, 0.5])))
+    assert check._before_run(None).fetches == "error"  # compared in the next step
+    check._after_run(None, SimpleNamespace(results=np.zeros(3)))
+    assert infos == ["The reduced gradients equal the mean of the replicas' gradients."]
+    assert check._before_run(None) is None
+    check._after_run(None, SimpleNamespace(results=None))
+    check = trainers.GradientCheck("error", ["a", "b", "c"])
+    message = r"is not the mean over the replicas, of 2 variables, first b \(off by 0.25 of its norm\)"
+    with pytest.raises(trainers.ReplicaError, match=message) as error:
+        check._after_run(None, SimpleNamespace(results=np.array([0, 0.25, 0.5])))
+    assert error.value.exit_code == 1
+
+
+def test_towers_that_start_from_different_weights_are_refused():
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        for name in ("conv0/W", "conv1/W", "tower_of_babel/W"):
+            tfv1.get_variable(name, initializer=[1.0, 2.0])
+        own = tfv1.GraphKeys.LOCAL_VARIABLES
+        of_tower = {
+            name: tfv1.get_variable(name, initializer=[1.0, 2.0], collections=[own], trainable=False)
+            for name in ("tower1/conv0/W", "tower1/conv1/W", "tower1/counter", "other/conv0/W")
+        }
+        check = trainers._EqualTowers()
+        check.trainer = SimpleNamespace(sess=session)
+        check._setup_graph()
+        session.run([tfv1.global_variables_initializer(), tfv1.local_variables_initializer()])
+        for name in ("tower1/counter", "other/conv0/W"):  # of no tower, or in none but this one
+            of_tower[name].load([5.0, 5.0], session)
+        check._before_train()
+        of_tower["tower1/conv1/W"].load([1.0, 3.0], session)
+        message = "towers start from different weights: 1 variables, first tower1/conv1/W"
+        with pytest.raises(trainers.ReplicaError, match=message):
+            check._before_train()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_of_different_weights_or_models_are_refused(rank, monkeypatch):
+    infos = []
+    monkeypatch.setattr(trainers.logger, "info", infos.append)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        for name in "cab":
+            tfv1.get_variable(name, initializer=np.ones([2, 2], np.float32))
+        session.run(tfv1.global_variables_initializer())
+        ranks = SimpleNamespace(rank=rank, size=2)
+        check = trainers._EqualRanks(ranks)
+        check.trainer = SimpleNamespace(sess=session)
+
+        def gathered(change):
+            ranks.gather = lambda own: [own, change(own)] if rank == 0 else [change(own), own]
+            check._before_train()
+
+        gathered(list)
+        assert infos == ["All 2 ranks start from the same weights."]
+        other, command = 1 - rank, "start all ranks with the same command"
+        for change, count in ((lambda own: own[:-1], 2), (lambda own: [*own, "more"], 4)):
+            message = f"ranks {rank} and {other} have models of 3 and {count} variables: {command}"
+            with pytest.raises(trainers.ReplicaError, match=message):
+                gathered(change)
+        message = f"ranks {rank} and {other} start from different weights: 2 variables, first b"
+        with pytest.raises(trainers.ReplicaError, match=message):
+            gathered(lambda own: [own[0], "x", "y"])
 
 
 # ---------------------------------------------------------------- two ranks of Horovod

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def callback(dataset, tmp_path, monkeypatch):
         None,
         [dataset],
         period_epochs=0,
-        output_dir=tmp_path / "run",
+        output_dir=str(tmp_path / "run"),
         ranks=Ranks(),
         num_parallel=1,
         before_batch=None,
@@ -178,3 +179,37 @@ def test_a_full_disk_does_not_end_the_training(callback, tmp_path, monkeypatch):
     callback._trigger_epoch()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["rectangles-12.json"]
     assert callback.offers == [("rectangles-mAP(segm)/IoU=0.5:0.95", pytest.approx(1))]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_draws_and_only_the_first_data_set_is_offered(callback, monkeypatch, rank):
+    """On other ranks the evaluation has no values."""
+    metrics = {"mAP(segm)/IoU=0.5:0.95": 0.25, "mAP(bbox)/IoU=0.5:0.95": 0.5, "large": math.nan}
+    asked, pictures = [], []
+
+    def evaluate(settings, network, dataset, *, output, ranks, num_parallel, before_batch):
+        asked.append((network, dataset.name, output.name, ranks.rank, num_parallel, before_batch))
+        return metrics if rank == 0 else None
+
+    monkeypatch.setattr(eval, "evaluate_dataset", evaluate)
+    callback._datasets = [SimpleNamespace(name=name) for name in ("one", "two")]
+    callback._options["ranks"].rank = rank
+    callback._draw = lambda network, dataset: [(f"{dataset.name}/1", (network, dataset.name))]
+    callback.trainer.monitors.put_image = lambda *picture: pictures.append(picture)
+    network = callback._network
+    callback._trigger_epoch()
+    assert asked == [(network, name, f"{name}-12.json", rank, 1, None) for name in ("one", "two")]
+    reported = [(f"{name}-{key}", value) for name in ("one", "two") for key, value in list(metrics.items())[:2]]
+    assert callback.trainer.monitors.scalars == (reported if rank == 0 else [])
+    assert callback.offers == ([("one-mAP(segm)/IoU=0.5:0.95", 0.25)] if rank == 0 else [])
+    drawn = [(f"{name}/1", (network, name)) for name in ("one", "two")]
+    assert pictures == (drawn if rank == 0 else [])
+    callback._settings.MODE_MASK = False
+    callback._trigger_epoch()
+    assert callback.offers[1:] == ([("one-mAP(bbox)/IoU=0.5:0.95", 0.5)] if rank == 0 else [])
+
+
+def test_without_data_sets_nothing_is_evaluated(callback):
+    callback._datasets = []
+    callback._trigger_epoch()
+    assert callback.offers == callback.trainer.monitors.scalars == []
