@@ -120,7 +120,8 @@ def collate(examples: Sequence[dict[str, Any]], *, multiple: int) -> dict[str, n
     names = ["gt_boxes", "gt_labels"]
     if "gt_masks" in examples[0]:
         names.append("gt_masks")
-        batch["gt_masks"] = np.zeros((num, num_objects, image.shape[1], round_up(image.shape[2], 8) // 8), np.uint8)
+        octets = round_up(image.shape[2], 32) // 8
+        batch["gt_masks"] = np.zeros((num, num_objects, image.shape[1], octets), np.uint8)
     for name, (slot, example) in itertools.product(names, enumerate(examples)):
         values = example[name]
         batch[name][(slot, *map(slice, values.shape))] = values
@@ -138,8 +139,8 @@ class TrainingData:
         image_shape  int32 [N, 2]                   height, width without the padding
         gt_boxes     float32 [N, G, 4]              x1 y1 x2 y2 in pixels of `image`; zeros past an image's own count
         gt_labels    int64 [N, G]                   1..C; 0 = padding, -1 = crowd region
-        gt_masks     uint8 [N, G, H, ceil(W / 8)]   bits, the leftmost pixel the highest; zeros for crowd regions;
-                                                    only `with_masks`
+        gt_masks     uint8 [N, G, H, B]             bits, the leftmost pixel the highest; zeros for crowd regions and up
+                                                    to B = 4 * ceil(W / 32) bytes; only `with_masks`
         image_id     int64 [N]
         sample_key   int32 [N, 2]                   (seed, position)
 

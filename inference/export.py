@@ -36,7 +36,7 @@ from dataset.images import MIN_EDGE, resize_image
 from inference import tf_images
 from inference.graph import session_config
 from inference.predictor import Predictor, check_finite
-from modeling import rcnn
+from modeling import device, parameters, rcnn
 
 tfv1 = tf.compat.v1
 SERVE = "serve"  # the tag of a SavedModel's graph for serving
@@ -249,8 +249,10 @@ def _write(kind, checkpoint_path, folder, file):
         two dicts of tensor names by key, of the inputs and of the outputs of the format's main signature
     """
     with tf.Graph().as_default() as graph, tfv1.Session(config=session_config()) as session:
-        signatures = _with_output_names(kind.build())
+        with device.building_for(gpu=True), parameters.stored() as updates:  # of ops that every device has
+            signatures = _with_output_names(kind.build())
         weights.load(checkpoint_path, session, check=weights.check_complete)
+        session.run(updates)
         if folder:
             with writing(folder.path):
                 _write_saved_model(folder.part, session, signatures, keys_are_names=kind.keys_are_names)
@@ -283,8 +285,16 @@ def _write_saved_model(folder, session, signatures, *, keys_are_names):
         for name, (inputs, outputs) in signatures.items()
     }
     builder = tfv1.saved_model.Builder(str(folder))
-    builder.add_meta_graph_and_variables(session, [SERVE], definitions, clear_devices=True)
+    saver = tfv1.train.Saver(_used_variables(session.graph, signatures))
+    builder.add_meta_graph_and_variables(session, [SERVE], definitions, clear_devices=True, saver=saver)
     builder.save()
+
+
+def _used_variables(graph, signatures):
+    """The variables that the outputs need: not those that are folded into others."""
+    nodes = [value.op.name for _, outputs in signatures.values() for value in outputs.values()]
+    used = {node.name for node in tfv1.graph_util.extract_sub_graph(graph.as_graph_def(), nodes).node}
+    return [v for v in (*tfv1.global_variables(), *tfv1.get_collection(parameters.STORED)) if v.op.name in used]
 
 
 # ---------------------------------------------------------------- checking

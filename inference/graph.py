@@ -14,10 +14,11 @@ from collections.abc import Callable
 import tensorflow as tf
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorpack.compat import tfv1
+from tensorpack.utils import logger
 
 from common.weights import model_variables
 from config import Config, ConfigError
-from modeling import rcnn
+from modeling import device, parameters, rcnn
 
 
 def session_config(*, towers: int = 1) -> tfv1.ConfigProto:
@@ -33,9 +34,16 @@ def session_config(*, towers: int = 1) -> tfv1.ConfigProto:
         # Each tower puts a batch into its staging area and takes one out, and both may block a thread.
         options.inter_op_parallelism_threads = max(cores, 2 * towers + 2)
     options.gpu_options.allow_growth = True
+    options.graph_options.rewrite_options.layout_optimizer = RewriterConfig.OFF  # maps stay NHWC on GPUs, too
     # It saves nothing here, and its cost estimate of CropAndResize prints pages of warnings.
     options.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT
     return options
+
+
+def warn_of_precision(precision: str) -> None:
+    """Warns if this processor may be slower in a precision than in float32."""
+    if precision == "bfloat16" and device.emulates_bfloat16():
+        logger.warning("this processor has no instructions for bfloat16: float32 may be faster (docs/speed.md)")
 
 
 def keep_freed_memory() -> None:
@@ -71,8 +79,10 @@ class Inference:
             tfv1.placeholder(spec.dtype, spec.shape, f"inference/{spec.name}")
             for spec in rcnn.input_signature(settings, training=False)
         ]
-        with tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE), tf.name_scope("inference"):
+        shared = tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE)
+        with shared, tf.name_scope("inference"), parameters.stored() as updates:
             self.detections = rcnn.build_inference(settings, *self.inputs)
+        self._update = tf.group(*updates)
         added = sorted(model_variables().keys() - known)
         if known and added:
             raise ConfigError(
@@ -80,8 +90,13 @@ class Inference:
                 "create variables by tf.compat.v1.get_variable"
             )
 
+    def update(self, session: tfv1.Session) -> None:
+        """Prepares the parameters (see modeling/parameters.py) of the weights that the variables hold now."""
+        session.run(self._update)
+
     def bind(self, session: tfv1.Session) -> Callable:
-        """The `network` (see the module's docstring) that runs in this session."""
+        """The `network` (see the module's docstring) that runs in this session, with the weights of the last update."""
+        self.update(session)
         tensors = {name: tensor for name, tensor in self.detections._asdict().items() if tensor is not None}
         run = session.make_callable(list(tensors.values()), self.inputs)
 
@@ -100,6 +115,11 @@ class TowerInference:
             scope = f"tower{tower}" if tower else tfv1.get_variable_scope()
             with tf.device(f"/gpu:{tower}"), tfv1.variable_scope(scope, reuse=True):
                 self._towers.append(Inference(settings))
+
+    def update(self, session: tfv1.Session) -> None:
+        """See Inference.update."""
+        for tower in self._towers:
+            tower.update(session)
 
     def bind(self, session: tfv1.Session) -> Callable:
         """See Inference.bind. `num_towers` threads may call the function at once; another call waits for a tower."""

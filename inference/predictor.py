@@ -19,7 +19,7 @@ from common.rle import paste_masks
 from config import Config, padding_multiple, uses_augmentation
 from dataset.images import Geometry
 from evaluation.metrics import NonFiniteError
-from inference.graph import Inference, keep_freed_memory, session_config
+from inference.graph import Inference, keep_freed_memory, session_config, warn_of_precision
 from inference.tta import augmented
 from modeling.box_head import Detections
 
@@ -110,6 +110,7 @@ def load_network(settings: Config, checkpoint_path: Path) -> Callable:
             registered.
     """
     keep_freed_memory()
+    warn_of_precision(settings.TEST.PRECISION)
     with tf.Graph().as_default():
         inference = Inference(settings)
         session = tf.Session(config=session_config())

@@ -15,7 +15,7 @@ from tensorpack.compat import tfv1
 
 from common.registry import Registry
 
-from .layers import add, conv2d_norm, explicit_padding, shape_list
+from .layers import conv2d_norm, explicit_padding, shape_list
 
 
 def resnet_stem(image, *, width, tf_pad_mode, **options):
@@ -53,8 +53,7 @@ def bottleneck(x, width, stride, *, tf_pad_mode, stride_1x1, groups=1, group_wid
     y = conv2d_norm(
         "conv2", y, inner, 3, groups=groups, stride=stride_of_3x3, padding=padding, activation=tf.nn.relu, **options
     )
-    y = conv2d_norm("conv3", y, 4 * width, 1, gamma=0.0, **options)
-    return tf.nn.relu(add(y, shortcut))
+    return conv2d_norm("conv3", y, 4 * width, 1, gamma=0.0, shortcut=shortcut, activation=tf.nn.relu, **options)
 
 
 def basic_block(x, width, stride, *, tf_pad_mode, stride_1x1, **options):
@@ -63,8 +62,7 @@ def basic_block(x, width, stride, *, tf_pad_mode, stride_1x1, **options):
     padding = _pad_for_3x3_stride_2(tf_pad_mode) if stride == 2 else "SAME"
     shortcut = _shortcut(x, width, stride, **options)
     y = conv2d_norm("conv1", x, width, 3, stride=stride, padding=padding, activation=tf.nn.relu, **options)
-    y = conv2d_norm("conv2", y, width, 3, gamma=0.0, **options)
-    return tf.nn.relu(add(y, shortcut))
+    return conv2d_norm("conv2", y, width, 3, gamma=0.0, shortcut=shortcut, activation=tf.nn.relu, **options)
 
 
 def _shortcut(x, channels, stride, **options):

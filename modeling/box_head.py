@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from common.registry import Registry
 
-from . import box_ops
+from . import box_ops, nms
 from .layers import conv2d_of_head, fully_connected, normal_initializer, shape_list
 
 PROPOSAL_IDENTITY = 2**20  # identities of proposals start here, those of ground truths at 0
@@ -24,7 +24,7 @@ class RoIs(NamedTuple):
 
     boxes: tf.Tensor  # float32 [N, S, 4], no gradient
     labels: tf.Tensor  # int64 [N, S], 0 = background
-    gt_index: tf.Tensor  # int32 [N, S], the ground truth matched with a foreground RoI
+    gt_index: tf.Tensor  # int64 [N, S], the ground truth matched with a foreground RoI
     is_valid: tf.Tensor  # bool [N, S]
 
     @property
@@ -43,9 +43,9 @@ def label_rois(boxes, is_valid, gt_boxes, gt_labels, *, foreground_iou):
         RoIs
     """
     iou = tf.where((gt_labels > 0)[:, None, :], box_ops.pairwise_iou(boxes, gt_boxes), -1.0)
-    gt_index = tf.argmax(iou, axis=2, output_type=tf.int32)
+    gt_index = tf.argmax(iou, axis=2)
     is_foreground = is_valid & (tf.reduce_max(iou, axis=2) >= foreground_iou)
-    labels = tf.where(is_foreground, tf.gather(gt_labels, gt_index, batch_dims=1), 0)
+    labels = tf.where(is_foreground, box_ops.gather(gt_labels, gt_index), 0)
     return RoIs(tf.stop_gradient(boxes), labels, gt_index, is_valid)
 
 
@@ -61,13 +61,8 @@ def sample_rois(proposals, gt_boxes, gt_labels, sample_key, *, foreground_iou, b
     """
     boxes = tf.concat([proposals.boxes, gt_boxes], axis=1)
     is_valid = tf.concat([proposals.is_valid, gt_labels > 0], axis=1)
-    identity = tf.concat(
-        [
-            tf.range(tf.shape(x)[1], dtype=tf.int32) + first
-            for x, first in ((proposals.boxes, PROPOSAL_IDENTITY), (gt_boxes, 0))
-        ],
-        axis=0,
-    )
+    counts = (tf.shape(x)[1] for x in (proposals.boxes, gt_boxes))
+    identity = tf.concat([tf.range(count) + first for count, first in zip(counts, (PROPOSAL_IDENTITY, 0))], axis=0)
     keys = box_ops.random_keys(sample_key, tf.cast(identity, tf.int64), purpose="rois")
     rois = label_rois(boxes, is_valid, gt_boxes, gt_labels, foreground_iou=foreground_iou)
     picked = box_ops.sample(
@@ -77,16 +72,15 @@ def sample_rois(proposals, gt_boxes, gt_labels, sample_key, *, foreground_iou, b
         size=batch_per_image,
         foreground_ratio=foreground_ratio,
     )
-    boxes, labels, gt_index = (
-        tf.gather(x, picked.index, batch_dims=1) for x in (rois.boxes, rois.labels, rois.gt_index)
-    )
+    boxes, labels, gt_index = (box_ops.gather(x, picked.index) for x in (rois.boxes, rois.labels, rois.gt_index))
     return RoIs(boxes, labels, gt_index, picked.is_valid)
 
 
 def image_index(boxes):
     """Returns the index of the image of each of the boxes [N, S, 4], flattened: int32 [N * S]."""
     n, slots, _ = shape_list(boxes)
-    return tf.repeat(tf.range(n), slots)
+    image = tf.cast(tf.range(n * slots), tf.int64) // tf.cast(slots, tf.int64)
+    return tf.cast(image, tf.int32)
 
 
 def fastrcnn_2fc_head(x, *, fc_channels, **unused):
@@ -147,7 +141,7 @@ def register_box_loss(name: str, function: Callable[..., tf.Tensor]) -> Callable
 
 def l1_loss(deltas, boxes, gt_boxes, weights):
     """Returns the sum of |deltas - targets| over the four coordinates, float32 [N, S]: see `register_box_loss`."""
-    return tf.reduce_sum(tf.abs(deltas - box_ops.encode(gt_boxes, boxes, weights=weights)), axis=2)
+    return box_ops.sum_of_coordinates(tf.abs(deltas - box_ops.encode(gt_boxes, boxes, weights=weights)))
 
 
 register_box_loss("l1", l1_loss)
@@ -166,9 +160,9 @@ def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_los
     labels = tf.reshape(rois.labels, [-1])
     label_losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=class_logits)
     if deltas.shape[1] != 1:
-        deltas = tf.gather(deltas, labels, batch_dims=1)
+        deltas = box_ops.gather(deltas, labels[:, None])
     deltas = tf.reshape(deltas, [n, slots, 4])
-    matched = tf.gather(gt_boxes, rois.gt_index, batch_dims=1)
+    matched = box_ops.gather(gt_boxes, rois.gt_index)
     # Other slots get two equal unit boxes: the logarithm of an empty box's width would make the gradient NaN.
     is_foreground = rois.is_foreground[..., None]
     matched, boxes = (tf.where(is_foreground, x, tf.constant([0.0, 0.0, 1.0, 1.0])) for x in (matched, rois.boxes))
@@ -181,9 +175,9 @@ def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_los
 
 def _mean_over_rois(losses, is_valid):
     """Averages [N, S] over each image's valid RoIs, then over images."""
-    total = tf.reduce_sum(tf.where(is_valid, losses, 0.0), axis=1)
-    count = tf.reduce_sum(tf.cast(is_valid, tf.float32), axis=1)
-    return tf.reduce_mean(tf.math.divide_no_nan(total, count))
+    is_valid = tf.cast(is_valid, tf.float32)
+    weights = tf.math.divide_no_nan(is_valid, tf.reduce_sum(is_valid, axis=1, keepdims=True))
+    return tf.reduce_sum(losses * weights) / tf.cast(tf.shape(losses)[0], tf.float32)
 
 
 def box_metrics(class_logits, rois):
@@ -221,15 +215,20 @@ def detect(
     max_per_image,
     soft_nms="None",
     soft_nms_sigma=0.5,
+    is_finite=None,
 ):
     """Applies NMS within each class and keeps the best detections of each image over all classes.
+
+    NMS drops boxes and scores that are not finite: an overflow would look like an image without objects. A detection of
+    score NaN, label 1 and an empty box follows those of an image that is not `is_finite`.
 
     Args:
         probabilities: float32 [N, P, C + 1]. boxes: float32 [N, P, C or 1, 4], decoded.
         is_valid: bool [N, P]. image_shape: int32 [N, 2].
         score_threshold: detections need a score above it, in soft-NMS also after the decay
         nms_threshold: IoU. max_per_image: largest number of detections.
-        soft_nms: "None", or a kind of `box_ops.batched_soft_nms`. soft_nms_sigma: its `sigma`.
+        soft_nms: "None", or a kind of `nms.detect_softly`. soft_nms_sigma: its `sigma`.
+        is_finite: bool [N], whether all values of an image were finite
     Returns:
         Detections without masks
     """
@@ -237,14 +236,24 @@ def detect(
     boxes = tf.reshape(box_ops.clip(tf.reshape(boxes, [n, slots * kinds, 4]), image_shape), [n, slots, kinds, 4])
     scores = probabilities[:, :, 1:]
     keep = is_valid[:, :, None] & (scores > score_threshold) & box_ops.is_nonempty(boxes)
-    scores = tf.where(keep, scores, box_ops.NO_SCORE)
+    scores = tf.where(keep, scores, nms.NO_SCORE)
     options = dict(iou_threshold=nms_threshold, max_output=max_per_image)
     if soft_nms == "None":
-        kept = box_ops.batched_nms(boxes, scores, **options)
+        kept = nms.detect(boxes, scores, **options)
     else:
         soft_options = dict(kind=soft_nms, sigma=soft_nms_sigma, score_threshold=score_threshold)
-        kept = box_ops.batched_soft_nms(boxes, scores, **options, **soft_options)
+        kept = nms.detect_softly(boxes, scores, **options, **soft_options)
+    if is_finite is not None:
+        kept = _with_mark(*kept, ~is_finite)
     boxes, scores, class_index, is_kept = kept
     kept = tf.where(is_kept)
-    labels = tf.cast(tf.gather_nd(class_index, kept), tf.int64) + 1
+    labels = tf.gather_nd(class_index, kept) + 1
     return Detections(tf.gather_nd(boxes, kept), tf.gather_nd(scores, kept), labels, tf.cast(kept[:, 0], tf.int32))
+
+
+def _with_mark(boxes, scores, class_index, is_kept, is_marked):
+    """Adds a slot to each image, in use where `is_marked` [N]: shapes of `nms.detect`, D + 1 instead of D."""
+    boxes = tf.concat([boxes, tf.zeros_like(boxes[:, :1])], axis=1)
+    scores = tf.concat([scores, tf.fill([tf.shape(scores)[0], 1], float("nan"))], axis=1)
+    class_index = tf.concat([class_index, tf.zeros_like(class_index[:, :1])], axis=1)
+    return boxes, scores, class_index, tf.concat([is_kept, is_marked[:, None]], axis=1)

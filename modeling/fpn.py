@@ -3,6 +3,7 @@
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
+from . import device
 from .layers import FAN_IN, conv2d, group_norm, shape_list
 
 
@@ -23,14 +24,27 @@ def fpn(features, *, channels, norm):
         levels = range(2, 2 + len(features))
         merged = []
         for level, c in reversed(list(zip(levels, features))):
-            x = conv2d(f"lateral_1x1_c{level}", c, channels, 1, initializer=FAN_IN)
+            is_one_op = bool(merged) and norm != "GN" and device.is_gpu()
+            upsampled = _upsampled(merged[0]) if is_one_op else None
+            x = conv2d(f"lateral_1x1_c{level}", c, channels, 1, initializer=FAN_IN, shortcut=upsampled)
             x = normalise(f"gn_c{level}", x)
-            merged.insert(0, _add_upsampled(x, merged[0]) if merged else x)
+            merged.insert(0, _add_upsampled(x, merged[0]) if merged and not is_one_op else x)
         outputs = []
         for level, x in zip(levels, merged):
             x = conv2d(f"posthoc_3x3_p{level}", x, channels, 3, initializer=FAN_IN, is_large=level == 2)
             outputs.append(normalise(f"gn_p{level}", x))
     return outputs + [outputs[-1][:, ::2, ::2]]
+
+
+@tf.custom_gradient
+def _upsampled(x):
+    """Repeats each pixel of [N, H, W, C] in a window of two by two: [N, 2 H, 2 W, C]."""
+
+    def gradient(dy):
+        return 4.0 * tf.nn.avg_pool2d(dy, 2, 2, "VALID")
+
+    _, height, width, _ = shape_list(x)
+    return tfv1.image.resize_nearest_neighbor(x, [2 * height, 2 * width]), gradient
 
 
 @tf.custom_gradient

@@ -2,7 +2,8 @@
 
 Every layer takes its variable scope first: `conv2d("conv0", x, 64, 7)`. Variable names are those of the published
 checkpoints (`W`, `b`, `gamma`, `beta`, `mean/EMA`, `variance/EMA`). Variables are float32; a layer computes in the
-dtype of its input `x`, so the dtype of the image determines the precision of the network.
+dtype of its input `x`, so the dtype of the image determines the precision of the network. `parameters.prepare` converts
+the variables of convolutions and matrix products: see there.
 
 Shapes: N images, R RoIs, H height, W width, C channels. Tensors are NHWC.
 """
@@ -12,6 +13,8 @@ import contextlib
 import tensorflow as tf
 from tensorpack.models import layer_register
 
+from . import device
+from .parameters import Norm, Parameters, prepare
 from .sync_bn import joined_moments
 
 tfv1 = tf.compat.v1
@@ -61,15 +64,110 @@ def add(x, y):
     return x + y, lambda gradient: (gradient, gradient)
 
 
-def _convolve(x, kernel, bias, *, stride, padding, activation):
-    """Applies convolution, bias and activation as the three ops that TensorFlow fuses into one kernel."""
+@tf.custom_gradient
+def mean_of_pixels(x):
+    """Averages [R, H, W, C] with static H and W over all pixels: [R, C]. `tf.reduce_mean`'s gradient asks the host."""
+    _, height, width, _ = x.shape
+
+    def gradient(dy):
+        return tf.tile(dy[:, None, None] / (height * width), [1, height, width, 1])
+
+    return tf.reduce_mean(x, axis=[1, 2]), gradient
+
+
+def _convolve(x, create, channels, *, stride, padding, activation, shortcut=None):
+    """Applies convolution, bias, the sum with `shortcut` and activation: ops that TensorFlow fuses into one kernel.
+
+    Args:
+        create: function that creates the layer's variables and returns Parameters. channels: of the output.
+    """
+    is_one_kernel = _is_one_kernel(x.dtype, channels, activation=activation, has_shortcut=shortcut is not None)
+    kernel, bias = prepare(create, x.dtype, bias_dtype=tf.float32 if is_one_kernel else x.dtype)
     if not isinstance(padding, str):  # oneDNN has no gradient for explicit padding; Eigen's takes ten times as long
         x, padding = tf.pad(x, padding), "VALID"
     convolution = tf.nn.conv2d if kernel.shape[2] == x.shape[-1] else _grouped_conv2d
-    y = convolution(x, tf.cast(kernel, x.dtype), strides=stride, padding=padding)
+    y = convolution(x, kernel, strides=stride, padding=padding)
+    if is_one_kernel and bias is not None:
+        return _finish_on_gpu(y, bias, shortcut, has_relu=activation is not None)
+    return _finish(y, bias, activation=activation, shortcut=shortcut)
+
+
+def _is_one_kernel(dtype, channels, *, activation, has_shortcut):
+    """Whether `_finish_on_gpu` adds a layer's bias and shortcut, not `_finish`."""
+    is_fusible = activation in (None, tf.nn.relu) and channels % 4 == 0
+    is_fused_later = not has_shortcut and activation is not None and dtype != tf.bfloat16  # by TensorFlow and cuDNN
+    return device.runs_on_gpu() and is_fusible and not is_fused_later and not tf.executing_eagerly()
+
+
+def _finish(x, bias, *, activation, shortcut=None):
+    """Adds `bias` ([C], dtype of `x`) and `shortcut` (like `x`), and applies `activation`; each may be None."""
     if bias is not None:
-        y = tf.nn.bias_add(y, tf.cast(bias, x.dtype))
-    return activation(y) if activation else y
+        x = _add_bias(x, bias)
+    if shortcut is not None:
+        x = add(x, shortcut)
+    return activation(x) if activation else x
+
+
+def _finish_on_gpu(x, bias, shortcut, *, has_relu):
+    """Computes `_finish` by the one kernel of TensorFlow that adds, in one pass, both to maps of any dtype.
+
+    It is that of inference with batch norm. TensorFlow itself composes it of others, as its name's underscore tells,
+    but not in bfloat16.
+    """
+
+    @tf.custom_gradient
+    def finish(x, bias, *shortcut):
+        y = _fused_finish(x, bias, shortcut, has_relu=has_relu)
+        y.set_shape(x.shape)
+
+        def gradient(dy):
+            if has_relu:
+                dy = tf.raw_ops.ReluGrad(gradients=dy, features=y)
+            return dy, tf.cast(_sum_of_rows(dy), tf.float32), *[dy] * len(shortcut)
+
+        return y, gradient
+
+    return finish(x, bias, *([] if shortcut is None else [shortcut]))
+
+
+def _fused_finish(x, bias, shortcut, *, has_relu):
+    """The op of `_finish_on_gpu`. `shortcut`: a tuple of none or one."""
+    ones, zeros = tf.ones([x.shape[-1]]), tf.zeros([x.shape[-1]])
+    attributes = {
+        "T": tfv1.AttrValue(type=x.dtype.as_datatype_enum),
+        "U": tfv1.AttrValue(type=tf.float32.as_datatype_enum),
+        "epsilon": tfv1.AttrValue(f=0.0),
+        "num_side_inputs": tfv1.AttrValue(i=len(shortcut)),
+        "activation_mode": tfv1.AttrValue(s=b"Relu" if has_relu else b"Identity"),
+        "is_training": tfv1.AttrValue(b=False),
+    }
+    operation = tfv1.get_default_graph().create_op(
+        "_FusedBatchNormEx",
+        [x, ones, bias, zeros, ones, *shortcut],
+        [x.dtype, *[tf.float32] * 5],
+        attrs=attributes,
+        name="finish",
+    )
+    return operation.outputs[0]
+
+
+def _sum_of_rows(x):
+    """Sums [..., C] over all but the last axis, in float32, as a matrix product: [C], dtype of `x`."""
+    rows = tf.reshape(x, [-1, x.shape[-1]])
+    return tf.reshape(tf.matmul(tf.ones([1, tf.shape(rows)[0]], x.dtype), rows), [x.shape[-1]])
+
+
+@tf.RegisterGradient("BiasAddOnGPU")
+def _bias_gradient(op, dy):
+    """TensorFlow's own kernel for GPUs adds in 16 bits, atomically, and takes ten times as long."""
+    del op
+    return dy, _sum_of_rows(dy)
+
+
+def _add_bias(x, bias):
+    """Adds `bias` [C] to `x` [..., C]."""
+    with tfv1.get_default_graph().gradient_override_map({"BiasAdd": "BiasAddOnGPU"} if device.is_gpu() else {}):
+        return tf.nn.bias_add(x, bias)
 
 
 def _grouped_conv2d(x, kernel, *, strides, padding):
@@ -81,7 +179,7 @@ def _grouped_conv2d(x, kernel, *, strides, padding):
     Args:
         x: [N, H, W, C]. kernel: [K, K, I, channels], for C / I groups.
     """
-    if tf.config.list_physical_devices("GPU"):
+    if device.is_gpu():
         return tf.nn.conv2d(x, kernel, strides, padding)
 
     @tf.custom_gradient
@@ -129,21 +227,35 @@ def _gradient_in_bands(op, dy):
 
 
 @layer_register(use_scope=True)
-def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=None, is_large=False):
-    """Applies a convolution of stride 1 with bias.
+def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=None, is_large=False, shortcut=None):
+    """Applies a convolution of stride 1 with bias, the sum with `shortcut` and an activation.
 
     Args:
         x: [N, H, W, C]. channels: of the output. initializer: of the kernel `W`; the bias `b` starts at 0.
         padding: "SAME" or "VALID"
         is_large: the map has many rows, a multiple of BAND; allowed with 3x3 kernels and "SAME" padding
+        shortcut: of the result's shape, or None
     Returns:
         [N, H, W, channels], dtype of `x`; smaller than `x` with "VALID" padding
     """
-    kernel = tfv1.get_variable("W", [kernel_size, kernel_size, x.shape[-1], channels], initializer=initializer)
-    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    in_bands = is_large and x.dtype == tf.bfloat16 and not tf.config.list_physical_devices("GPU")
+    shape = [kernel_size, kernel_size, x.shape[-1], channels]
+    in_bands = is_large and x.dtype == tf.bfloat16 and not device.is_gpu()
     with tfv1.get_default_graph().gradient_override_map({"Conv2D": "Conv2DOfLargeMap"} if in_bands else {}):
-        return _convolve(x, kernel, bias, stride=1, padding=padding, activation=activation)
+        return _convolve(
+            x,
+            lambda: _weights_and_bias(shape, channels, initializer),
+            channels,
+            stride=1,
+            padding=padding,
+            activation=activation,
+            shortcut=shortcut,
+        )
+
+
+def _weights_and_bias(shape, channels, initializer):
+    """Returns the variables W and b as Parameters."""
+    kernel = tfv1.get_variable("W", shape, initializer=initializer)
+    return Parameters(kernel, tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer()))
 
 
 @layer_register(use_scope=True)
@@ -160,8 +272,9 @@ def conv2d_norm(
     activation=None,
     gamma=1.0,
     freeze=(),
+    shortcut=None,
 ):
-    """Applies a convolution without bias and a norm: the layer of backbones.
+    """Applies a convolution without bias, a norm, the sum with `shortcut` and an activation: the layer of backbones.
 
     Frozen batch norm is folded into the kernel and a bias, in training as well: convolution, bias and activation remain
     one fused kernel, and there is no gradient of a batch norm to compute; gamma and beta receive the same gradient.
@@ -171,22 +284,27 @@ def conv2d_norm(
         groups: of channels, convolved separately. gamma: initial value of the norm's scale.
         freeze: a set of "W" (the kernel) and "affine" (gamma and beta): these get no gradient. With "W", SyncBN also
             keeps its statistics.
+        shortcut: [N, H', W', channels] or None
     Returns:
         [N, H', W', channels], dtype of `x`
     """
     shape = [kernel_size, kernel_size, x.shape[-1] // groups, channels]
-    kernel = tfv1.get_variable("W", shape, initializer=HE_FAN_OUT, trainable="W" not in freeze)
-    bias = None
-    if norm == "FreezeBN" or (norm == "SyncBN" and "W" in freeze):
+    is_folded = norm == "FreezeBN" or (norm == "SyncBN" and "W" in freeze)
+
+    def create():
+        kernel = tfv1.get_variable("W", shape, initializer=HE_FAN_OUT, trainable="W" not in freeze)
+        if not is_folded:
+            return Parameters(kernel, None)
         with tfv1.variable_scope("bn"):
-            scale, bias = _frozen_batch_norm(channels, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze)
-        kernel = kernel * scale
-        norm = "None"
-    if norm == "None":
-        return _convolve(x, kernel, bias, stride=stride, padding=padding, activation=activation)
-    y = _convolve(x, kernel, None, stride=stride, padding=padding, activation=None)
+            affine = _affine(channels, gamma=gamma, trainable="affine" not in freeze)
+            return Parameters(kernel, None, Norm(*affine, *_batch_statistics(channels), epsilon))
+
+    options = dict(stride=stride, padding=padding)
+    if is_folded or norm == "None":
+        return _convolve(x, create, channels, activation=activation, shortcut=shortcut, **options)
+    y = _convolve(x, create, channels, activation=None, **options)
     y = NORMS[norm](NORM_SCOPES[norm], y, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze)
-    return activation(y) if activation else y
+    return _finish(y, None, activation=activation, shortcut=shortcut)
 
 
 def _affine(channels, *, gamma, trainable):
@@ -201,14 +319,6 @@ def _batch_statistics(channels):
     mean = tfv1.get_variable("mean/EMA", [channels], initializer=tf.zeros_initializer(), trainable=False)
     variance = tfv1.get_variable("variance/EMA", [channels], initializer=tf.ones_initializer(), trainable=False)
     return mean, variance
-
-
-def _frozen_batch_norm(channels, *, epsilon, gamma, trainable):
-    """Returns a batch norm with stored statistics as (scale, bias), float32 [channels]: y = x * scale + bias."""
-    gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
-    mean, variance = _batch_statistics(channels)
-    scale = gamma * tf.math.rsqrt(variance + epsilon)
-    return scale, beta - mean * scale
 
 
 @layer_register(use_scope=True)
@@ -286,14 +396,17 @@ def fully_connected(x, channels, *, initializer=FAN_IN, activation=None):
         [R, channels], dtype of `x`
     """
     inputs = x.shape[1:].num_elements()
-    kernel = tfv1.get_variable("W", [inputs, channels], initializer=initializer)
-    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    if x.shape.rank == 4:  # permuting the weights costs as much as permuting the RoIs, but nothing in an export
-        _, height, width, depth = x.shape
-        kernel = tf.reshape(kernel, [depth, height, width, channels])
-        kernel = tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [inputs, channels])
-        x = tf.reshape(x, [-1, inputs])
-    y = tf.nn.bias_add(tf.matmul(x, tf.cast(kernel, x.dtype)), tf.cast(bias, x.dtype))
+
+    def create():
+        made = _weights_and_bias([inputs, channels], channels, initializer)
+        if x.shape.rank == 2:
+            return made
+        _, height, width, depth = x.shape  # permuting the weights costs as much as permuting the RoIs, in training
+        kernel = tf.reshape(made.kernel, [depth, height, width, channels])
+        return made._replace(kernel=tf.reshape(tf.transpose(kernel, [1, 2, 0, 3]), [inputs, channels]))
+
+    kernel, bias = prepare(create, x.dtype)
+    y = _add_bias(tf.matmul(tf.reshape(x, [-1, inputs]), kernel), bias)
     return activation(y) if activation else y
 
 
@@ -310,10 +423,13 @@ def deconv2x2(x, channels, *, initializer, activation=None):
         the window of each input pixel: [R, H, W, 2, 2, channels], dtype of `x`
     """
     r, height, width, depth = shape_list(x)
-    kernel = tfv1.get_variable("W", [2, 2, channels, depth], initializer=initializer)
-    bias = tfv1.get_variable("b", [channels], initializer=tf.zeros_initializer())
-    kernel = tf.reshape(tf.transpose(kernel, [3, 0, 1, 2]), [1, 1, depth, 4 * channels])
-    y = _convolve(x, kernel, tf.tile(bias, [4]), stride=1, padding="SAME", activation=activation)
+
+    def create():
+        made = _weights_and_bias([2, 2, channels, depth], channels, initializer)
+        kernel = tf.reshape(tf.transpose(made.kernel, [3, 0, 1, 2]), [1, 1, depth, 4 * channels])
+        return Parameters(kernel, tf.tile(made.bias, [4]))
+
+    y = _convolve(x, create, 4 * channels, stride=1, padding="SAME", activation=activation)
     return tf.reshape(y, [r, height, width, 2, 2, channels])
 
 

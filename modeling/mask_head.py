@@ -49,22 +49,23 @@ def mask_targets(packed_masks, image_shape, image_index, gt_index, boxes, *, res
     Reads the four neighbouring bits of each sample from the packed masks, without unpacking whole masks.
 
     Args:
-        packed_masks: uint8 [N, G, H, ceil(W / 8)], most significant bit first. image_shape: int32 [N, 2].
-        image_index, gt_index: int32 [F], image and ground truth of each RoI. boxes: float32 [F, 4] in pixels of the
-            image.
+        packed_masks: uint8 [N, G, H, B], most significant bit first, B a multiple of 4. image_shape: int32 [N, 2].
+        image_index: int32 [F], gt_index: int64 [F], image and ground truth of each RoI
+        boxes: float32 [F, 4] in pixels of the image
         resolution: M
     Returns:
         float32 [F, M, M] in [0, 1]
     """
     x1, y1, x2, y2 = tf.split(boxes, 4, axis=1)
-    height, width = tf.split(tf.gather(image_shape, image_index), 2, axis=1)
+    height, width = tf.split(tf.gather(tf.cast(image_shape, tf.float32), image_index), 2, axis=1)
     rows, row_shares = _linear_samples(y1, y2, height, resolution)
     columns, column_shares = _linear_samples(x1, x2, width, resolution)
-    mask_index = tf.stack([image_index, gt_index], axis=1)
+    mask_index = tf.stack([tf.cast(image_index, tf.int64), gt_index], axis=1)
+    words = _as_words(packed_masks)
     total = 0.0
     for row, row_share in zip(rows, row_shares):
         for column, column_share in zip(columns, column_shares):
-            bits = _read_bits(packed_masks, mask_index, row, column)
+            bits = _read_bits(words, mask_index, row, column)
             total += bits * row_share[:, :, None] * column_share[:, None, :]
     return total
 
@@ -73,32 +74,39 @@ def _linear_samples(low, high, size, resolution):
     """Locates samples on one axis, at the centres of `resolution` cells between `low` and `high`, each [F, 1].
 
     Returns:
-        (left, right): int32 [F, M] neighbouring pixels; and their float32 [F, M] weights, 0 for samples beyond the
-            outer pixel centres of an axis of `size` pixels
+        (left, right): int64 [F, M] neighbouring pixels; and their float32 [F, M] weights, 0 for samples beyond the
+            outer pixel centres of an axis of `size` pixels, float32 [F, 1]
     """
     cell = (tf.range(resolution, dtype=tf.float32) + 0.5) / resolution
     position = low + (high - low) * cell - 0.5  # pixel centres lie at + 0.5
-    last = tf.cast(size - 1, tf.float32)
+    last = size - 1.0
     is_inside = tf.cast((position >= 0) & (position <= last), tf.float32)
     left = tf.floor(tf.clip_by_value(position, 0.0, last))
     right = tf.minimum(left + 1, last)
     share = position - left
-    return (tf.cast(left, tf.int32), tf.cast(right, tf.int32)), ((1 - share) * is_inside, share * is_inside)
+    return (tf.cast(left, tf.int64), tf.cast(right, tf.int64)), ((1 - share) * is_inside, share * is_inside)
 
 
-def _read_bits(packed_masks, mask_index, row, column):
+def _as_words(packed_masks):
+    """Views packed masks as words, which a GPU gathers, unlike bytes: uint8 [N, G, H, B] -> int32 [N, G, H, B / 4]."""
+    n, count, height, octets = shape_list(packed_masks)
+    return tf.bitcast(tf.reshape(packed_masks, [n, count, height, octets // 4, 4]), tf.int32)
+
+
+def _read_bits(words, mask_index, row, column):
     """Reads pixels of packed masks as float32 [F, M, M].
 
     Args:
-        packed_masks: uint8 [N, G, H, W / 8]. mask_index: int32 [F, 2], image and ground truth.
-        row, column: int32 [F, M]
+        words: int32 [N, G, H, W / 32] of `_as_words`. mask_index: int64 [F, 2], image and ground truth.
+        row, column: int64 [F, M]
     """
     f, resolution = shape_list(row)
     shape = [f, resolution, resolution]
-    place = [mask_index[:, 0, None, None], mask_index[:, 1, None, None], row[:, :, None], column[:, None, :] // 8]
-    octets = tf.gather_nd(packed_masks, tf.stack([tf.broadcast_to(i, shape) for i in place], axis=-1))
-    weight = tf.bitwise.left_shift(1, 7 - column % 8)[:, None, :]
-    return tf.cast(tf.bitwise.bitwise_and(tf.cast(octets, tf.int32), weight) > 0, tf.float32)
+    place = [mask_index[:, 0, None, None], mask_index[:, 1, None, None], row[:, :, None], column[:, None, :] // 32]
+    found = tf.gather_nd(words, tf.stack([tf.broadcast_to(i, shape) for i in place], axis=-1))
+    # The bytes of a word lie in memory from the lowest to the highest, the pixels of a byte from its highest bit.
+    shift = tf.cast((column // 8 % 4 * 8 + (7 - column % 8))[:, None, :], tf.int32)
+    return tf.cast(tf.bitwise.bitwise_and(tf.bitwise.right_shift(found, shift), 1), tf.float32)
 
 
 def mask_loss(logits, targets, image_index, is_real, *, num_images):
@@ -111,10 +119,11 @@ def mask_loss(logits, targets, image_index, is_real, *, num_images):
         float32 scalar: the mean over an image's RoIs and pixels (0 if it has no RoIs), then over images
     """
     losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=targets, logits=logits)
-    of_roi = tf.where(is_real, tf.reduce_mean(losses, axis=[1, 2]), 0.0)
-    total = tf.math.unsorted_segment_sum(of_roi, image_index, num_images)
-    count = tf.math.unsorted_segment_sum(tf.cast(is_real, tf.float32), image_index, num_images)
-    return tf.reduce_mean(tf.math.divide_no_nan(total, count))
+    is_real = tf.cast(is_real, tf.float32)
+    count = tf.gather(tf.math.unsorted_segment_sum(is_real, image_index, num_images), image_index)
+    pixels = tf.cast(tf.size(losses[:1]) * num_images, tf.float32)
+    weights = tf.math.divide_no_nan(is_real, count * pixels)
+    return tf.reduce_sum(losses * weights[:, None, None])
 
 
 def mask_metrics(logits, targets):

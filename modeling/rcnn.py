@@ -10,6 +10,7 @@ foreground RoIs of all images, C classes, M mask resolution. `input_signature` d
 C4 is a pyramid of one level; it differs from FPN only in the source of the RoI features.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,12 +21,12 @@ from tensorpack.compat import tfv1
 from common import boxes as np_boxes
 from common.registry import Registry
 from common.weights import BACKBONE_VARIABLES, MODEL_VARIABLES
-from config import Config, ConfigError, largest_edge, padding_multiple, round_up
+from config import Config, ConfigError, largest_edge, padding_multiple
 
-from . import box_head, box_ops, cascade, mask_head, rpn
+from . import box_head, box_ops, cascade, mask_head, parameters, roi_align, rpn
 from .backbone import BACKBONES
 from .fpn import fpn
-from .layers import collect_variables, shape_list
+from .layers import collect_variables, mean_of_pixels, shape_list
 
 # Tensor names of the stages of inference: proposals [N, P, 4] and their logits [N, P], best first; class probabilities
 # [N, P, C + 1] and refined boxes [N, P, C or 1, 4] of each proposal. Boxes are in pixels of the network's input.
@@ -44,7 +45,7 @@ def input_signature(settings: Config, *, training: bool) -> list[tf.TensorSpec]:
         spec["gt_boxes"] = ([None, None, 4], tf.float32)  # [N, G, 4], x1 y1 x2 y2 in pixels; zero rows fill up
         spec["gt_labels"] = ([None, None], tf.int64)  # [N, G], 0 = padding, -1 = crowd region
         if settings.MODE_MASK:
-            spec["gt_masks"] = ([None, None, None, None], tf.uint8)  # [N, G, H, ceil(W / 8)], packed bits
+            spec["gt_masks"] = ([None, None, None, None], tf.uint8)  # [N, G, H, 4 * ceil(W / 32)], packed bits
         spec["image_id"] = ([None], tf.int64)
         spec["sample_key"] = ([None, 2], tf.int32)  # seed, position in the order of the data
     return [tf.TensorSpec(shape, dtype, name) for name, (shape, dtype) in spec.items()]
@@ -83,6 +84,12 @@ def build_training(
         two dicts of float32 scalars: losses, each the mean over images, to be summed; and metrics
     """
     del image_id  # only messages need it
+    build = functools.partial(_losses, settings, image, image_shape, gt_boxes, gt_labels, sample_key, gt_masks)
+    return parameters.packed(build)
+
+
+def _losses(settings, image, image_shape, gt_boxes, gt_labels, sample_key, gt_masks):
+    """Returns losses and metrics: see `build_training`."""
     features, strides = _features(settings, image, image_shape, training=True)
     logits, deltas, anchors = _rpn(settings, features, strides, image_shape)
     losses, metrics = _rpn_losses(settings, features, anchors, image_shape, gt_boxes, gt_labels, sample_key)
@@ -120,10 +127,9 @@ def build_inference(settings: Config, image: tf.Tensor, image_shape: tf.Tensor) 
     proposals = _propose(settings, logits, deltas, anchors, image_shape, training=False)
     _name_stages(proposals.boxes, proposals.logits)
     roi_features = _RoIFeatures(settings, features, strides, training=False)
-    detections, raw = _detect(settings, roi_features, proposals, image_shape)
     # float16 overflows in the maps first, and a CPU's ReLU converts the NaN that result in the heads to 0.
     maps = features if features[0].dtype == tf.float16 else []
-    detections = _mark_non_finite(detections, [*maps, *logits, *deltas, *raw])
+    detections = _detect(settings, roi_features, proposals, image_shape, [*maps, logits, deltas])
     if not settings.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
@@ -132,29 +138,6 @@ def build_inference(settings: Config, image: tf.Tensor, image_shape: tf.Tensor) 
     ]
     scores = tf.where(_is_finite(logits), detections.scores, math.nan)
     return detections._replace(scores=scores, masks=tf.sigmoid(logits))
-
-
-def _mark_non_finite(detections, tensors):
-    """Appends a detection of score NaN, label 1 and an empty box to each image whose `tensors` are not all finite.
-
-    NMS drops non-finite boxes and scores: without the mark, an overflow would look like an image without objects.
-
-    Args:
-        tensors: list of [N, ...]
-    """
-    is_finite = tf.reduce_all(tf.stack([_is_finite(x) for x in tensors]), axis=0)
-    image_index = tf.cast(tf.where(~is_finite)[:, 0], tf.int32)
-    count = tf.size(image_index)
-    marks = box_head.Detections(
-        boxes=tf.zeros([count, 4]),
-        scores=tf.fill([count], math.nan),
-        labels=tf.ones([count], tf.int64),
-        image_index=image_index,
-    )
-    fields_but_masks = zip(detections[:4], marks[:4])
-    joined = box_head.Detections(*[tf.concat(parts, axis=0) for parts in fields_but_masks])
-    by_image = tf.argsort(joined.image_index, stable=True)
-    return box_head.Detections(*[tf.gather(x, by_image) for x in joined[:4]])
 
 
 def _is_finite(x):
@@ -177,8 +160,8 @@ class _Conventions(NamedTuple):
     The epsilon in the rule that assigns RoIs to levels also differs between frameworks, without a measurable effect.
     """
 
-    half_pixel: bool  # see `box_ops.roi_align`
-    adaptive: bool  # see `box_ops.roi_align`
+    half_pixel: bool  # see `roi_align.roi_align`
+    adaptive: bool  # see `roi_align.roi_align`
     rounded_anchors: bool  # coordinates rounded to whole pixels
     fitted_anchors: bool  # spacing: padded image size // map size, instead of the level's stride
     largest_box: float | None  # limit in pixels of a box grown from the smallest anchor; None: the largest image
@@ -227,8 +210,10 @@ def _normalise(settings, image, image_shape):
     """Converts uint8 BGR to float32, minus PIXEL_MEAN, divided by PIXEL_STD; padding becomes 0."""
     mean, std = (np.array(x[::-1], np.float32) for x in (settings.PREPROC.PIXEL_MEAN, settings.PREPROC.PIXEL_STD))
     height, width = tf.shape(image)[1], tf.shape(image)[2]
-    rows, columns = (tf.sequence_mask(image_shape[:, axis], size) for axis, size in ((0, height), (1, width)))
-    is_image = tf.cast(rows[:, :, None] & columns[:, None, :], tf.float32)[..., None]
+    image_height, image_width = tf.split(tf.cast(image_shape, tf.float32), 2, axis=1)
+    rows, columns = (tf.cast(tf.range(size), tf.float32) for size in (height, width))
+    is_image = (rows < image_height)[:, :, None] & (columns < image_width)[:, None, :]
+    is_image = tf.cast(is_image, tf.float32)[..., None]
     return (tf.cast(image, tf.float32) - mean) * is_image / std
 
 
@@ -257,20 +242,14 @@ class _RoIFeatures:
         self._settings, self._training = settings, training
         # p6 serves proposals only
         levels = slice(0, 4) if settings.MODE_FPN else slice(0, 1)
-        self._pyramid = [box_ops.extend_border(x) for x in features[levels]]
-        self._strides = strides[levels]
+        conventions = _conventions(settings)
+        self._pyramid = roi_align.Pyramid(
+            features[levels], strides[levels], half_pixel=conventions.half_pixel, adaptive=conventions.adaptive
+        )
         self._dtype = features[0].dtype
 
     def _align(self, boxes, image_index, resolution):
-        aligned = box_ops.multilevel_roi_align(
-            self._pyramid,
-            self._strides,
-            boxes,
-            image_index,
-            resolution=resolution,
-            half_pixel=_conventions(self._settings).half_pixel,
-            adaptive=_conventions(self._settings).adaptive,
-        )
+        aligned = self._pyramid.align(boxes, image_index, resolution=resolution)
         return tf.cast(aligned, self._dtype)
 
     def _c4_stage(self, boxes, image_index):
@@ -299,7 +278,7 @@ class _RoIFeatures:
         if self._settings.MODE_FPN:
             return self._align(boxes, image_index, MASK_RESOLUTION)
         if box_features is not None:
-            return tf.gather(box_features, rows)
+            return box_ops.gather_rows(box_features, rows)
         return self._c4_stage(boxes, image_index)
 
 
@@ -307,50 +286,52 @@ class _RoIFeatures:
 
 
 def _rpn(settings, features, strides, image_shape):
-    """Returns the RPN's outputs for every level: lists of float32 logits [N, A], deltas [N, A, 4], and rpn.Anchors."""
+    """Returns the RPN's outputs for all levels: float32 logits [N, A], deltas [N, A, 4], and rpn.Anchors."""
     logits, deltas = rpn.rpn_head(features, **_rpn_options(settings))
-    distances = _fitted_distances(features, strides) if _conventions(settings).fitted_anchors else strides
-    anchors = [
-        rpn.level_anchors(
-            x, _valid_cells(settings, image_shape, stride), stride=distance, base_anchors=base, level=level
-        )
-        for level, (x, stride, distance, base) in enumerate(zip(features, strides, distances, _base_anchors(settings)))
-    ]
+    distances = np.array(strides)[:, None]
+    anchors = rpn.make_anchors(
+        features,
+        _valid_cells(settings, image_shape, strides),
+        strides=_fitted_distances(features, strides) if _conventions(settings).fitted_anchors else distances,
+        base_anchors=_base_anchors(settings),
+    )
     return logits, deltas, anchors
 
 
 def _rpn_options(settings):
     return {
         "channels": settings.FPN.NUM_CHANNEL if settings.MODE_FPN else settings.RPN.HEAD_DIM,
-        "num_anchors": len(_base_anchors(settings)[0]),
+        "num_anchors": _base_anchors(settings).shape[1],
     }
 
 
 def _base_anchors(settings):
-    """Returns the anchors of one cell of each level, centred on (0, 0): a list of float32 NumPy [K, 4]."""
+    """Returns the anchors of one cell of each level, centred on (0, 0): float32 NumPy [L, K, 4]."""
     sizes, ratios = settings.RPN.ANCHOR_SIZES, settings.RPN.ANCHOR_RATIOS
     size_of_level = [[size] for size in sizes] if settings.MODE_FPN else [sizes]
-    base_anchors = [np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level]
-    return [np.round(anchors) for anchors in base_anchors] if _conventions(settings).rounded_anchors else base_anchors
+    base_anchors = np.stack([np_boxes.base_anchors(sizes, ratios) for sizes in size_of_level])
+    return np.round(base_anchors) if _conventions(settings).rounded_anchors else base_anchors
 
 
 def _fitted_distances(features, strides):
-    """Returns the anchor spacing of `fitted_anchors` for each level: a list of int32 [4], x y x y."""
+    """Returns the anchor spacing of `fitted_anchors` for each of L levels: int32 [L, 4], x y x y."""
     size = tf.shape(features[0])[1:3] * strides[0]
-    return [tf.tile(tf.reverse(size // tf.shape(x)[1:3], [0]), [2]) for x in features]
+    distances = [tf.unstack(size // tf.shape(x)[1:3]) for x in features]
+    return tf.stack([[x, y, x, y] for y, x in distances])
 
 
-def _valid_cells(settings, image_shape, stride):
-    """Returns the rows and columns of a level's map that each image would have alone: int32 [N, 2]."""
+def _valid_cells(settings, image_shape, strides):
+    """Returns the rows and columns of each of L levels' maps that each image would have alone: float32 [N, L, 2]."""
+    size = tf.cast(image_shape, tf.float32)[:, None]
+    strides = np.array(strides, np.float32)[:, None]
     if not settings.MODE_FPN:
-        return image_shape // stride
-    padded = round_up(image_shape, padding_multiple(settings))
-    return -(-padded // stride)
+        return tf.floor(size / strides)
+    multiple = padding_multiple(settings)
+    return tf.math.ceil(tf.math.ceil(size / multiple) * (multiple / strides))
 
 
 def _rpn_losses(settings, features, anchors, image_shape, gt_boxes, gt_labels, sample_key):
-    """Computes losses and metrics of the RPN on sampled anchors. `anchors`: the list of `_rpn`."""
-    anchors = rpn.join_anchors(anchors)
+    """Computes losses and metrics of the RPN on sampled anchors."""
     targets = rpn.anchor_targets(
         anchors.boxes,
         anchors.is_valid,
@@ -367,6 +348,7 @@ def _rpn_losses(settings, features, anchors, image_shape, gt_boxes, gt_labels, s
         box_ops.random_keys(sample_key, anchors.identity, purpose="anchors"),
         size=settings.RPN.BATCH_PER_IM,
         foreground_ratio=settings.RPN.FG_RATIO,
+        is_long=True,
     )
     logits, deltas = rpn.rpn_head_at(features, picked.index, **_rpn_options(settings))
     losses = rpn.rpn_losses(
@@ -387,18 +369,20 @@ def _max_log_size(settings):
 
 
 def _propose(settings, logits, deltas, anchors, image_shape, *, training):
-    """Returns rpn.Proposals from the lists of `_rpn`."""
+    """Returns rpn.Proposals from the outputs of `_rpn`."""
     phase = "TRAIN" if training else "TEST"
     if settings.MODE_FPN and settings.FPN.PROPOSAL_MODE == "Level":
+        groups = anchors.sizes
         pre_nms_topk = post_nms_topk = getattr(settings.RPN, f"{phase}_PER_LEVEL_NMS_TOPK")
     else:
-        logits, deltas, anchors = [tf.concat(logits, axis=1)], [tf.concat(deltas, axis=1)], [rpn.join_anchors(anchors)]
+        groups = [tf.shape(logits)[1]]
         pre_nms_topk, post_nms_topk = (getattr(settings.RPN, f"{phase}_{x}_NMS_TOPK") for x in ("PRE", "POST"))
     return rpn.propose(
         logits,
         deltas,
         anchors,
         image_shape,
+        groups=groups,
         pre_nms_topk=pre_nms_topk,
         post_nms_topk=post_nms_topk,
         nms_threshold=settings.RPN.PROPOSAL_NMS_THRESH,
@@ -415,7 +399,7 @@ def _head_outputs(settings, x, scope, *, class_agnostic):
     outputs = dict(num_classes=settings.DATA.NUM_CATEGORY, class_agnostic=class_agnostic)
     with tfv1.variable_scope(scope):
         if not settings.MODE_FPN:
-            return box_head.box_outputs(tf.reduce_mean(x, axis=[1, 2]), **outputs)
+            return box_head.box_outputs(mean_of_pixels(x), **outputs)
         head, norm = box_head.HEADS.find(settings.FPN.FRCNN_HEAD_FUNC)
         with tfv1.variable_scope("head") if settings.FPN.CASCADE else tf.name_scope("head"):
             x = head(
@@ -473,11 +457,11 @@ def _box_branch(settings, roi_features, rois, image_shape, gt_boxes, gt_labels):
     return losses, metrics, None
 
 
-def _detect(settings, roi_features, proposals, image_shape):
-    """Classifies and refines the proposals, and keeps the best.
+def _detect(settings, roi_features, proposals, image_shape, computed):
+    """Classifies and refines the proposals, and keeps the best: box_head.Detections without masks.
 
-    Returns:
-        box_head.Detections without masks; and the outputs of the heads, which must be finite: list of float32 [N, ...]
+    Args:
+        computed: list of [N, ...], which must be finite, as the outputs of the heads
     """
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
     if settings.FPN.CASCADE:
@@ -498,18 +482,19 @@ def _detect(settings, roi_features, proposals, image_shape):
         )
     probabilities = tf.reshape(probabilities, [n, slots, settings.DATA.NUM_CATEGORY + 1])
     _name_stages(probabilities, boxes, first=2)
-    detections = box_head.detect(
+    computed = computed + [tf.reshape(x, [n, -1]) for x in raw]
+    return box_head.detect(
         probabilities,
         boxes,
         proposals.is_valid,
         image_shape,
+        is_finite=tf.reduce_all(tf.stack([_is_finite(x) for x in computed]), axis=0),
         score_threshold=settings.TEST.RESULT_SCORE_THRESH,
         nms_threshold=settings.TEST.FRCNN_NMS_THRESH,
         max_per_image=settings.TEST.RESULTS_PER_IM,
         soft_nms=settings.TEST.SOFT_NMS,
         soft_nms_sigma=settings.TEST.SOFT_NMS_SIGMA,
     )
-    return detections, [tf.reshape(x, [n, -1]) for x in raw]
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -517,8 +502,15 @@ def _detect(settings, roi_features, proposals, image_shape):
 
 def _at_least_one(*tensors):
     """Pads tensors of RoIs [R, ...] with a row of zeros if R = 0: oneDNN fails on convolutions of empty batches."""
-    is_empty = tf.cast(tf.equal(tf.shape(tensors[0])[0], 0), tf.int32)
-    return [tf.pad(x, [[0, is_empty]] + [[0, 0]] * (x.shape.rank - 1)) for x in tensors]
+    count = tf.shape(tensors[0])[0]
+    rows = tf.cast(tf.range(tf.maximum(count, 1)), tf.int64)
+    return [tf.gather(_with_zeros(x), rows) for x in tensors]
+
+
+def _with_zeros(x):
+    """Adds a row of zeros to a tensor [R, ...]."""
+    wide = tf.cast(x, tf.int64) if x.dtype == tf.int32 else x  # the host would join int32
+    return tf.cast(tf.concat([wide, tf.zeros([1, *shape_list(x)[1:]], wide.dtype)], axis=0), x.dtype)
 
 
 def _mask_logits(settings, features, labels):
@@ -538,12 +530,13 @@ def _mask_logits(settings, features, labels):
 def _mask_branch(settings, roi_features, box_features, rois, image_shape, gt_masks):
     """Computes the mask head's loss and metrics on the foreground RoIs; in a cascade, on those of the first stage."""
     n, slots = shape_list(rois.labels)
-    (foreground,) = _at_least_one(tf.where(rois.is_foreground))  # if there is none, slot 0 is used with weight 0
+    (row,) = _at_least_one(tf.where(tf.reshape(rois.is_foreground, [-1]))[:, 0])  # if there is none: slot 0, weight 0
     boxes, labels, gt_index, is_real = (
-        tf.gather_nd(x, foreground) for x in (rois.boxes, rois.labels, rois.gt_index, rois.is_foreground)
+        tf.gather(tf.reshape(x, [-1, *x.shape[2:]]), row)
+        for x in (rois.boxes, rois.labels, rois.gt_index, rois.is_foreground)
     )
-    image, slot = tf.unstack(tf.cast(foreground, tf.int32), axis=1)
-    x = roi_features.for_masks(boxes, image, box_features=box_features, rows=image * slots + slot)
+    image = tf.cast(row // tf.cast(slots, tf.int64), tf.int32)
+    x = roi_features.for_masks(boxes, image, box_features=box_features, rows=row)
     logits = _mask_logits(settings, x, labels)
     targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
     loss = mask_head.mask_loss(logits, targets, image, is_real, num_images=n)

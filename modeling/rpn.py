@@ -13,20 +13,22 @@ import numpy as np
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
-from . import box_ops
+from . import box_ops, nms
 from .layers import conv2d, normal_initializer, shape_list
 
 MAX_CELLS = 2**12  # limit per side of a map, for which 32 bits identify the anchors of five levels
 LOWEST = float(tf.float32.min)  # logit of boxes that are not candidates
+OBJECTS = 32  # ground truths that `anchor_targets` takes at a time: 120 MiB for an image of 800x800
 HUBER_DELTA = 1.0 / 9  # smooth L1 with beta 1/9, as in Detectron
 
 
 class Anchors(NamedTuple):
-    """The anchors of one level, or of all levels joined."""
+    """The anchors of all levels, one level after the other."""
 
     boxes: tf.Tensor  # float32 [A, 4]
     identity: tf.Tensor  # int64 [A], identifies an anchor independently of the map's size
     is_valid: tf.Tensor  # bool [N, A], the cell belongs to the image, not to the padding of the batch
+    sizes: list  # number of each level's anchors: integers or int32 scalars
 
 
 class Proposals(NamedTuple):
@@ -44,7 +46,7 @@ def rpn_head(features, *, channels, num_anchors, padding="SAME"):
         features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of the first
             convolution; "VALID" removes one cell on each side.
     Returns:
-        logits: list of float32 [N, A]; deltas: list of float32 [N, A, 4]
+        logits: float32 [N, A]; deltas: float32 [N, A, 4], of all levels
     """
     logits, deltas = [], []
     init = normal_initializer(0.01)
@@ -54,9 +56,9 @@ def rpn_head(features, *, channels, num_anchors, padding="SAME"):
             level_logits = conv2d("class", hidden, num_anchors, 1, initializer=init)
             level_deltas = conv2d("box", hidden, 4 * num_anchors, 1, initializer=init)
         n = shape_list(x)[0]
-        logits.append(tf.cast(tf.reshape(level_logits, [n, -1]), tf.float32))
-        deltas.append(tf.cast(tf.reshape(level_deltas, [n, -1, 4]), tf.float32))
-    return logits, deltas
+        logits.append(tf.reshape(level_logits, [n, -1]))
+        deltas.append(tf.reshape(level_deltas, [n, -1, 4]))
+    return tuple(tf.cast(tf.concat(levels, axis=1), tf.float32) for levels in (logits, deltas))
 
 
 def rpn_head_at(features, index, *, channels, num_anchors):
@@ -66,15 +68,16 @@ def rpn_head_at(features, index, *, channels, num_anchors):
     take an eighth of a training step's arithmetic; from these cells it takes next to none.
 
     Args:
-        features: list of [N, H, W, C]. index: int32 [N, S], into the anchors of all levels joined.
+        features: list of [N, H, W, C]. index: integers [N, S], into the anchors of all levels joined.
     Returns:
         logits float32 [N, S], deltas float32 [N, S, 4]
     """
+    index = tf.cast(index, tf.int64)
     patches = _patches(features, index // num_anchors)
     options = dict(channels=channels, num_anchors=num_anchors, padding="VALID")
     outputs = rpn_head([tf.reshape(patches, [-1, *patches.shape[2:]])], **options)
     kind = tf.reshape(index % num_anchors, [-1])
-    logits, deltas = (tf.gather(x, kind, batch_dims=1) for (x,) in outputs)
+    logits, deltas = (box_ops.gather(x, kind[:, None]) for x in outputs)
     return tf.reshape(logits, tf.shape(index)), tf.reshape(deltas, [*shape_list(index), 4])
 
 
@@ -82,50 +85,56 @@ def _patches(features, cell):
     """Returns the 3x3 cells around each of the given cells, zero outside their map.
 
     Args:
-        features: list of [N, H, W, C]. cell: int32 [N, S], counted over all levels.
+        features: list of [N, H, W, C]. cell: int64 [N, S], counted over all levels.
     Returns:
         [N, S, 3, 3, C]
     """
-    of_levels = []
-    for x in features:
-        n, height, width, channels = shape_list(x)
-        rows = (cell // width)[:, :, None, None] + tf.constant([-1, 0, 1])[:, None]
-        columns = (cell % width)[:, :, None, None] + tf.constant([-1, 0, 1])
-        of_level = ((cell >= 0) & (cell < height * width))[:, :, None, None]
-        inside = of_level & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-        place = tf.where(inside, rows * width + columns, 0)
-        cells = tf.gather(tf.reshape(x, [n, height * width, channels]), place, batch_dims=1)
-        of_levels.append(tf.where(inside[..., None], cells, tf.zeros([], x.dtype)))
-        cell -= height * width
-    return tf.add_n(of_levels)
+    n, _, _, channels = shape_list(features[0])
+    heights, widths = tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
+    first = tf.cumsum(heights * widths, exclusive=True)
+    height, width, first = (tf.cast(x, tf.int64)[:, None, None] for x in (heights, widths, first))
+    cell -= first  # [L, N, S], of each level
+    of_level = (cell >= 0) & (cell < height * width)
+    around = tf.constant([-1, 0, 1], tf.int64)
+    rows = (cell // width)[..., None, None] + around[:, None]
+    columns = (cell % width)[..., None, None] + around
+    height, width = height[..., None, None], width[..., None, None]
+    inside = of_level[..., None, None] & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    place = tf.reshape(tf.where(inside, rows * width + columns, 0), [len(features), n, -1])
+    cells = [box_ops.gather(tf.reshape(x, [n, -1, channels]), place[level]) for level, x in enumerate(features)]
+    cells = tf.reshape(tf.stack(cells), [len(features), n, -1, 3, 3, channels])
+    return tf.add_n(tf.unstack(tf.where(inside[..., None], cells, tf.zeros([], cells.dtype))))
 
 
-def level_anchors(feature_map, valid_cells, *, stride, base_anchors, level):
-    """Returns the Anchors of one level.
+def make_anchors(features, valid_cells, *, strides, base_anchors):
+    """Returns the Anchors of L levels: K in each cell.
 
     Args:
-        feature_map: [N, H, W, C], for its size
-        valid_cells: int32 [N, 2], rows and columns of each image that are not padding of the batch
-        stride: pixels per cell, an integer or int32 [4] for x y x y
-        base_anchors: NumPy float32 [K, 4], centred on (0, 0). level: index of the level.
+        features: list of [N, H, W, C], for their sizes
+        valid_cells: float32 [N, L, 2], rows and columns of each image that are not padding of the batch
+        strides: pixels per cell, integers [L, 1], or int32 [L, 4] for x y x y
+        base_anchors: NumPy float32 [L, K, 4], centred on (0, 0)
     """
-    _, height, width, _ = shape_list(feature_map)
-    kinds = len(base_anchors)
-    row, column = (x[..., None] for x in tf.meshgrid(tf.range(height), tf.range(width), indexing="ij"))
-    kind = tf.range(kinds)
-    center = tf.cast(tf.stack([column, row, column, row], axis=-1) * stride, tf.float32)
-    boxes = tf.reshape(center + np.asarray(base_anchors, np.float32), [-1, 4])
-    digits = [tf.cast(x, tf.int64) for x in (row, column, kind)]
-    identity = ((level * MAX_CELLS + digits[0]) * MAX_CELLS + digits[1]) * kinds + digits[2]
-    inside = (row[None] < valid_cells[:, 0, None, None, None]) & (column[None] < valid_cells[:, 1, None, None, None])
-    is_valid = tf.reshape(tf.repeat(inside, kinds, axis=-1), [tf.shape(valid_cells)[0], -1])
-    return Anchors(boxes, tf.reshape(identity, [-1]), is_valid)
+    kinds = base_anchors.shape[1]
+    heights, widths = tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
+    ends = tf.cast(tf.cumsum(heights * widths), tf.int64)
+    cell = _count_up(tf.reduce_sum(heights * widths))
+    level = tf.reduce_sum(tf.cast(cell >= ends[:-1, None], tf.int64), axis=0)
+    width, end, size = (tf.gather(tf.cast(x, tf.int64), level) for x in (widths, ends, heights * widths))
+    row, column = (cell - end + size) // width, (cell - end + size) % width
+    identity = ((level * MAX_CELLS + row) * MAX_CELLS + column)[:, None] * kinds + np.arange(kinds)
+    row_column = tf.cast(tf.stack([row, column], axis=1), tf.float32)
+    center = tf.reverse(tf.tile(row_column, [1, 2]), [1]) * tf.gather(tf.cast(strides, tf.float32), level)
+    boxes = center[:, None] + tf.gather(np.asarray(base_anchors, np.float32), level)
+    inside = tf.reduce_all(row_column < tf.gather(valid_cells, level, axis=1), axis=2)
+    is_valid = tf.reshape(tf.tile(inside[:, :, None], [1, 1, kinds]), [tf.shape(valid_cells)[0], -1])
+    sizes = [kinds * size for size in tf.unstack(heights * widths)]
+    return Anchors(tf.reshape(boxes, [-1, 4]), tf.reshape(identity, [-1]), is_valid, sizes)
 
 
-def join_anchors(anchors):
-    """Joins the Anchors of all levels into one."""
-    boxes, identity = (tf.concat([getattr(level, name) for level in anchors], axis=0) for name in ("boxes", "identity"))
-    return Anchors(boxes, identity, tf.concat([level.is_valid for level in anchors], axis=1))
+def _count_up(size):
+    """Numbers 0, 1, ...: int64 [size]. The host makes those of `tf.range`; up to 2^24, float32 counts exactly."""
+    return tf.cast(tf.cumsum(tf.ones([size]), exclusive=True), tf.int64)
 
 
 class AnchorTargets(NamedTuple):
@@ -133,7 +142,7 @@ class AnchorTargets(NamedTuple):
 
     is_foreground: tf.Tensor  # bool [N, A]
     is_background: tf.Tensor  # bool [N, A]
-    gt_index: tf.Tensor  # int32 [N, A], the ground truth with the highest IoU, the first one on ties
+    gt_index: tf.Tensor  # int64 [N, A], the ground truth with the highest IoU, the first one on ties
 
 
 def anchor_targets(
@@ -151,19 +160,47 @@ def anchor_targets(
         AnchorTargets
     """
     candidate = is_valid & _is_inside(anchors, image_shape)
-    is_object = gt_labels > 0
-    usable = candidate[:, :, None] & is_object[:, None, :]
-    iou = tf.where(usable, box_ops.pairwise_iou(anchors[None], gt_boxes), -1.0)
-    best_iou = tf.reduce_max(iou, axis=2)
-    best_of_gt = tf.reduce_max(iou, axis=1, keepdims=True)
-    is_best = tf.reduce_any(tf.equal(iou, best_of_gt) & usable, axis=2)
+    found = _match(anchors, candidate, gt_boxes, gt_labels, crowd_overlap=crowd_overlap)
     # Background takes precedence: an object's best anchor may still be below `background_iou`.
-    is_background = candidate & (best_iou < background_iou)
-    is_foreground = candidate & (is_best | (best_iou >= foreground_iou)) & ~is_background
+    is_background = candidate & (found.best_iou < background_iou)
+    is_foreground = candidate & (found.is_best | (found.best_iou >= foreground_iou)) & ~is_background
     if crowd_overlap < 1:
-        covered = _is_covered_by_crowd(anchors, gt_boxes, gt_labels, crowd_overlap)
-        is_foreground, is_background = is_foreground & ~covered, is_background & ~covered
-    return AnchorTargets(is_foreground, is_background, tf.argmax(iou, axis=2, output_type=tf.int32))
+        is_foreground, is_background = is_foreground & ~found.is_crowd, is_background & ~found.is_crowd
+    return AnchorTargets(is_foreground, is_background, found.gt_index)
+
+
+class _Matches(NamedTuple):
+    """What is known of the anchors from some of the ground truths."""
+
+    best_iou: tf.Tensor  # float32 [N, A], the highest with an object, -1 without one
+    gt_index: tf.Tensor  # int64 [N, A], the first ground truth that has it
+    is_best: tf.Tensor  # bool [N, A], no candidate has a higher IoU with some object
+    is_crowd: tf.Tensor  # bool [N, A], covered by a crowd region
+
+
+def _match(anchors, candidate, gt_boxes, gt_labels, *, crowd_overlap):
+    """Compares anchors [A, 4] with the ground truths, OBJECTS of these at a time: the memory of all pairs would grow
+    with their number. `candidate`: bool [N, A]. Returns _Matches.
+    """
+    shape, count = tf.shape(candidate), tf.shape(gt_labels)[1]
+
+    def look(start, known):
+        boxes, labels = (x[:, start : start + OBJECTS] for x in (gt_boxes, gt_labels))
+        usable = candidate[:, :, None] & (labels > 0)[:, None, :]
+        iou = tf.where(usable, box_ops.pairwise_iou(anchors[None], boxes), -1.0)
+        best_iou, best_of_gt = tf.reduce_max(iou, axis=2), tf.reduce_max(iou, axis=1, keepdims=True)
+        is_better = best_iou > known.best_iou
+        index = tf.argmax(iou, axis=2) + tf.cast(start, tf.int64)
+        is_best = tf.reduce_any(tf.equal(iou, best_of_gt) & usable, axis=2)
+        is_crowd = known.is_crowd
+        if crowd_overlap < 1:
+            is_crowd |= _is_covered_by_crowd(anchors, boxes, labels, crowd_overlap)
+        best_iou, index = tf.maximum(best_iou, known.best_iou), tf.where(is_better, index, known.gt_index)
+        return start + OBJECTS, _Matches(best_iou, index, is_best | known.is_best, is_crowd)
+
+    none = tf.zeros(shape, tf.bool)
+    known = _Matches(tf.fill(shape, -1.0), tf.zeros(shape, tf.int64), none, none)
+    return tf.while_loop(lambda start, _: start < count, look, (0, known), parallel_iterations=1)[1]
 
 
 def _is_inside(anchors, image_shape):
@@ -181,7 +218,7 @@ def rpn_losses(logits, deltas, anchors, gt_index, gt_boxes, picked, *, batch_per
     """Computes the losses on a sample of S anchors per image, of all levels together; the mean over images.
 
     Args:
-        logits: float32 [N, S]. deltas: float32 [N, S, 4]. anchors: float32 [A, 4]. gt_index: int32 [N, A].
+        logits: float32 [N, S]. deltas: float32 [N, S, 4]. anchors: float32 [A, 4]. gt_index: int64 [N, A].
         gt_boxes: float32 [N, G, 4]. picked: box_ops.Sample. batch_per_image: its intended size.
     Returns:
         dict of scalars, each a sum over the sample / `batch_per_image`
@@ -189,11 +226,11 @@ def rpn_losses(logits, deltas, anchors, gt_index, gt_boxes, picked, *, batch_per
     labels = tf.cast(picked.is_foreground, tf.float32)
     label_losses = tf.nn.sigmoid_cross_entropy_with_logits(labels=labels, logits=logits)
     # Slots that are not foreground get two equal boxes, which keep the logarithm finite; their loss is dropped below.
-    matched = tf.gather(gt_boxes, tf.gather(gt_index, picked.index, batch_dims=1), batch_dims=1)
+    matched = box_ops.gather(gt_boxes, box_ops.gather(gt_index, picked.index))
     picked_anchors = tf.gather(anchors, picked.index)
     matched = tf.where(picked.is_foreground[..., None], matched, picked_anchors)
     errors = deltas - box_ops.encode(matched, picked_anchors)
-    box_losses = tf.reduce_sum(huber(errors, HUBER_DELTA), axis=2) / HUBER_DELTA
+    box_losses = box_ops.sum_of_coordinates(huber(errors, HUBER_DELTA)) / HUBER_DELTA
     per_image = float(batch_per_image) * tf.cast(tf.shape(logits)[0], tf.float32)
     return {
         "rpn_losses/label_loss": tf.reduce_sum(tf.where(picked.is_valid, label_losses, 0.0)) / per_image,
@@ -221,60 +258,55 @@ def rpn_metrics(logits, picked):
 
 
 def propose(
-    logits, deltas, anchors, image_shape, *, pre_nms_topk, post_nms_topk, nms_threshold, min_size, max_log_size
+    logits, deltas, anchors, image_shape, *, groups, pre_nms_topk, post_nms_topk, nms_threshold, min_size, max_log_size
 ):
     """Decodes, clips, filters, suppresses and ranks boxes: the proposals of each image.
 
     Args:
-        logits, deltas, anchors: lists of [N, A], [N, A, 4] and Anchors, one entry per group in which boxes compete in
-            NMS (a level, or all levels joined)
-        image_shape: int32 [N, 2]. pre_nms_topk: candidates per group.
+        logits: float32 [N, A]. deltas: float32 [N, A, 4]. anchors: Anchors. image_shape: int32 [N, 2].
+        groups: numbers of adjacent anchors whose boxes compete in NMS: those of each level, or of all together
+        pre_nms_topk: candidates per group.
         post_nms_topk: boxes kept per group by NMS, and kept at the end over all groups
         nms_threshold: IoU. min_size: pixels, see `box_ops.is_nonempty`. max_log_size: see `box_ops.decode`.
     Returns:
         Proposals, P = `post_nms_topk`, or groups * the largest group's candidates if that is less
     """
-    boxes, best_logits = [], []
-    for group_logits, group_deltas, group_anchors in zip(logits, deltas, anchors):
-        group_logits = tf.where(group_anchors.is_valid, group_logits, LOWEST)
-        group_logits, index = tf.math.top_k(group_logits, tf.minimum(pre_nms_topk, tf.shape(group_logits)[1]))
-        references = tf.gather(group_anchors.boxes, index)
-        best_deltas = tf.gather(group_deltas, index, batch_dims=1)
-        group_boxes = box_ops.clip(box_ops.decode(best_deltas, references, max_log_size=max_log_size), image_shape)
-        keep = box_ops.is_nonempty(group_boxes, min_size)
-        boxes.append(group_boxes)
-        best_logits.append(tf.where(keep, group_logits, LOWEST))
-    return _suppress_and_rank(boxes, best_logits, nms_threshold=nms_threshold, keep=post_nms_topk)
+    logits, index = _candidates(tf.where(anchors.is_valid, logits, LOWEST), groups, count=pre_nms_topk)
+    deltas, references = box_ops.gather(deltas, index), tf.gather(anchors.boxes, index)
+    boxes = box_ops.clip(box_ops.decode(deltas, references, max_log_size=max_log_size), image_shape)
+    logits = tf.where(box_ops.is_nonempty(boxes, min_size), logits, LOWEST)
+    return _suppress_and_rank(boxes, logits, groups=len(groups), nms_threshold=nms_threshold, keep=post_nms_topk)
 
 
-def _suppress_and_rank(boxes, logits, *, nms_threshold, keep):
-    """Applies NMS within each group, one problem per image and group, and selects the best over all groups."""
-    size = tf.reduce_max(tf.stack([tf.shape(x)[1] for x in logits]))
-    fill = [size - tf.shape(x)[1] for x in logits]
-    boxes = tf.stack([tf.pad(x, [[0, 0], [0, f], [0, 0]]) for x, f in zip(boxes, fill)], axis=1)
-    logits = tf.stack([tf.pad(x, [[0, 0], [0, f]], constant_values=LOWEST) for x, f in zip(logits, fill)], axis=1)
-    n, groups = tf.shape(logits)[0], logits.shape[1]
+def _candidates(logits, groups, *, count):
+    """Selects the best of each group: logits float32 [N, groups * K], index int64. A group of fewer has LOWEST ones."""
+    n, size = tf.shape(logits)[0], tf.minimum(count, tf.reduce_max(tf.stack(groups)))
+    best = []
+    for group, (group_logits, width) in enumerate(zip(tf.split(logits, groups, axis=1), groups)):
+        filled = tf.pad(group_logits, [[0, 0], [0, tf.maximum(size - width, 0)]], constant_values=LOWEST)
+        best.append(box_ops.top_k(filled, size, is_long=group < 2))  # p2 and p3, or all anchors
+    logits, index = (tf.stack(parts, axis=1) for parts in zip(*best))
+    widths = tf.cast(tf.stack(groups), tf.int64)[:, None]
+    index = tf.minimum(index, widths - 1) + tf.cumsum(widths, exclusive=True)
+    return tf.reshape(logits, [n, -1]), tf.reshape(index, [n, -1])
+
+
+def _suppress_and_rank(boxes, logits, *, groups, nms_threshold, keep):
+    """Applies NMS within each group, one problem per image and group, and selects the best over all groups.
+
+    Args:
+        boxes: float32 [N, groups * A, 4]. logits: float32 [N, groups * A], sorted within each group.
+    """
+    n = tf.shape(logits)[0]
+    size = tf.shape(logits)[1] // groups
     boxes = tf.stop_gradient(tf.reshape(boxes, [n * groups, size, 4]))
     logits = tf.stop_gradient(tf.reshape(logits, [n * groups, size]))
-    index, is_valid = _suppress(boxes, logits, nms_threshold=nms_threshold, keep=tf.minimum(keep, size))
-    boxes, logits = (tf.gather(x, index, batch_dims=1) for x in (boxes, logits))
+    index, is_valid = nms.suppress(
+        boxes, logits > LOWEST, iou_threshold=nms_threshold, max_output=tf.minimum(keep, size)
+    )
+    boxes, logits = (box_ops.gather(x, index) for x in (boxes, logits))
     logits = tf.reshape(tf.where(is_valid, logits, LOWEST), [n, -1])
-    logits, index = tf.math.top_k(logits, tf.minimum(keep, tf.shape(logits)[1]))
-    boxes = tf.gather(tf.reshape(boxes, [n, -1, 4]), index, batch_dims=1)
+    logits, index = box_ops.top_k(logits, tf.minimum(keep, tf.shape(logits)[1]), is_long=False)
+    boxes = box_ops.gather(tf.reshape(boxes, [n, -1, 4]), index)
     is_valid = logits > LOWEST
     return Proposals(tf.where(is_valid[..., None], boxes, 0.0), logits, is_valid)
-
-
-def _suppress(boxes, logits, *, nms_threshold, keep):
-    """Applies NMS to boxes [B, A, 4] that are sorted, best first; their order serves as score.
-
-    Returns:
-        index int32 [B, keep] into A, and is_valid bool [B, keep]
-    """
-    size = tf.shape(logits)[1]
-    countdown = tf.cast(size - tf.range(size), tf.float32)  # exact in float32 and positive, unlike logits
-    scores = tf.where(logits > LOWEST, countdown[None, :], box_ops.NO_SCORE)
-    _, kept, _, is_valid = box_ops.batched_nms(
-        boxes[:, :, None, :], scores[:, :, None], iou_threshold=nms_threshold, max_output=keep
-    )
-    return tf.where(is_valid, size - tf.cast(kept, tf.int32), 0), is_valid

@@ -55,20 +55,21 @@ def _sum_over_towers(x, towers):
     kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
 
     def reduce(x, name):
-        with tf.device(f"/{kind}:{re.sub('[^0-9]', '', tower)}"):
-            return tf.raw_ops.CollectiveReduce(
-                input=x,
-                group_size=towers,
-                group_key=1,
-                instance_key=zlib.crc32(name.encode()) & 0x7FFFFFFF,
-                merge_op="Add",
-                final_op="Id",
-                subdiv_offsets=[0],
-                communication_hint="ring",  # NCCL has returned wrong sums: tensorflow#41539
-            )
+        return tf.raw_ops.CollectiveReduce(
+            input=x,
+            group_size=towers,
+            group_key=1,
+            instance_key=zlib.crc32(name.encode()) & 0x7FFFFFFF,
+            merge_op="Add",
+            final_op="Id",
+            subdiv_offsets=[0],
+            communication_hint="ring",  # NCCL has returned wrong sums: tensorflow#41539
+        )
 
     @tf.custom_gradient
     def summed(x):
         return reduce(x, scope), lambda gradient: reduce(gradient, f"{scope}/gradient")
 
-    return summed(x)
+    # Gradients are placed with the op that they are of: with the one that tf.custom_gradient adds after the sum.
+    with tf.device(f"/{kind}:{re.sub('[^0-9]', '', tower)}"):
+        return summed(x)

@@ -15,7 +15,8 @@ from tensorpack.tfutils.tower import TowerContext
 from common import weights
 from config import Config
 from inference.graph import Inference, session_config
-from modeling import rcnn
+from modeling import device, rcnn
+from training import optimizers
 from training.exactness import complete_gradients
 from training.model import TrainingModel
 
@@ -55,6 +56,12 @@ def pad(images, multiple):
     return batch, shapes
 
 
+def pack(masks):
+    """Masks [..., W] of 0 and 1 as bits, in whole words of 32 pixels: uint8 [..., 4 * ceil(W / 32)]."""
+    fill = [(0, 0)] * (masks.ndim - 1) + [(0, -masks.shape[-1] % 32)]
+    return np.packbits(np.pad(masks, fill), axis=-1)
+
+
 def make_batch(examples, *, seeds, multiple, with_masks=True, num_gt=None):
     """A batch of examples (image, boxes, labels, masks): dict by name, as in rcnn.input_signature."""
     image, image_shape = pad([example[0] for example in examples], multiple)
@@ -73,7 +80,7 @@ def make_batch(examples, *, seeds, multiple, with_masks=True, num_gt=None):
         batch["gt_labels"][i, : len(labels)] = labels
         masks[i, : len(boxes), : gt_masks.shape[1], : gt_masks.shape[2]] = gt_masks
     if with_masks:
-        batch["gt_masks"] = np.packbits(masks, axis=-1)
+        batch["gt_masks"] = pack(masks)
     return batch
 
 
@@ -110,7 +117,7 @@ class Graph:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rcnn, "_propose", spy)
             self.inputs = build()
-        (self.proposals,) = made
+        self.proposals = made[-1]  # a GPU's graph is built twice
         self.session = tfv1.Session(config=session_config())
         self.session.run(tfv1.global_variables_initializer())
         load_synthetic(self.session)
@@ -127,11 +134,14 @@ class Graph:
     def weights(self, values):
         """Other values of some variables, by name, while the block runs."""
         before = self.session.run({name: self.variables[name] for name in values})
-        _assign(self.session, self.variables, values)
+        self._set(values)
         try:
             yield
         finally:
-            _assign(self.session, self.variables, before)
+            self._set(before)
+
+    def _set(self, values):
+        _assign(self.session, self.variables, values)
 
 
 class TrainingGraph(Graph):
@@ -148,7 +158,9 @@ class TrainingGraph(Graph):
         losses = tfv1.get_collection(tfv1.GraphKeys.LOSSES)
         self.losses = {loss.op.name: loss for loss in losses} | {"total_cost": self.cost}
         self.trainable = {variable.op.name: variable for variable in tfv1.trainable_variables()}
-        self.gradients = dict(zip(self.trainable, tf.gradients(self.cost, list(self.trainable.values()))))
+        optimizer = optimizers.Decayed(tfv1.train.GradientDescentOptimizer(0.1), settings.TRAIN.WEIGHT_DECAY)
+        pairs = optimizer.compute_gradients(self.cost, list(self.trainable.values()))
+        self.gradients = {variable.op.name: gradient for gradient, variable in pairs}
         self.norms = {name: tf.norm(gradient) for name, gradient in self.gradients.items() if gradient is not None}
         return inputs
 
@@ -164,18 +176,26 @@ class InferenceGraph(Graph):
         self.inference = Inference(settings)
         return dict(zip(("image", "image_shape"), self.inference.inputs))
 
+    def _set(self, values):
+        super()._set(values)
+        self.inference.update(self.session)
+
+
+def _building_for(gpu):
+    return contextlib.nullcontext() if gpu is None else device.building_for(gpu=gpu)
+
 
 @functools.cache
-def small_training_graph(*overrides):
-    """The TrainingGraph of SMALL with further settings."""
-    with tf.Graph().as_default():
+def small_training_graph(*overrides, gpu=False):
+    """The TrainingGraph of SMALL with further settings, in the form for CPUs, for GPUs, or (None) for this machine."""
+    with tf.Graph().as_default(), _building_for(gpu):
         return TrainingGraph(configure(*SMALL, *overrides))
 
 
 @functools.cache
-def small_inference_graph(*overrides):
-    """The InferenceGraph of SMALL with further settings."""
-    with tf.Graph().as_default():
+def small_inference_graph(*overrides, gpu=False):
+    """The InferenceGraph of SMALL with further settings; `gpu`: as in `small_training_graph`."""
+    with tf.Graph().as_default(), _building_for(gpu):
         return InferenceGraph(configure(*SMALL, *overrides))
 
 

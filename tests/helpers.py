@@ -133,3 +133,23 @@ def not_fused(nodes):
 def paste_mask(mask, box_xyxy, height, width):
     """`common.rle.paste_masks` of one mask: uint8 [H, W] of 0 and 1."""
     return paste_masks(np.asarray(mask)[None], [box_xyxy], height, width)[0].view(np.uint8)
+
+
+def paste_by_definition(mask, box, height, width):
+    """Each pixel on its own: the mask with a ring of zeros, the box larger by as much, bilinear at the pixel's centre.
+
+    Returns the interpolated values, float64 [height, width].
+    """
+    ringed = np.pad(np.asarray(mask, np.float64), 1)
+    rows, columns = ringed.shape
+    x1, y1, x2, y2 = np.asarray(box, np.float64)
+    box_width, box_height = (x2 - x1) * columns / (columns - 2), (y2 - y1) * rows / (rows - 2)
+    left, top = (x1 + x2) / 2 - box_width / 2, (y1 + y2) / 2 - box_height / 2
+    values = np.zeros((height, width))
+    for i, j in np.ndindex(height, width):
+        v, u = (i + 0.5 - top) / box_height * rows - 0.5, (j + 0.5 - left) / box_width * columns - 0.5
+        for row in (int(np.floor(v)), int(np.floor(v)) + 1):
+            for column in (int(np.floor(u)), int(np.floor(u)) + 1):
+                if 0 <= row < rows and 0 <= column < columns:
+                    values[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * ringed[row, column]
+    return values

@@ -98,6 +98,7 @@ def test_a_batch_is_its_examples_padded(tmp_path):
                 np.testing.assert_array_equal(masks[slot, index, :45, : image.shape[1]], mask)
         assert masks.sum() == sum(np.unpackbits(example["gt_masks"]).sum() for example in examples)
         assert not batch["gt_boxes"][0, 1].any() and not masks[0, 1].any()
+    assert data.collate(examples[:1], multiple=1)["gt_masks"].shape == (1, 1, 45, 12)  # whole words of 32 pixels
 
 
 def test_masks_are_absent_when_not_wanted(records):
@@ -210,6 +211,21 @@ def damaged(record, folder):
     path = folder / Path(record.path).name
     path.write_bytes(Path(record.path).read_bytes()[:60])
     return dataclasses.replace(record, path=str(path))
+
+
+def test_substitutes_of_one_image_differ_from_position_to_position(tmp_path):
+    """By chance, among the nine others of its kind: not one image stands in each time."""
+    records = [make_record(tmp_path, number, 40, 60) for number in range(10)]
+    partly = [damaged(records[0], make_folder(tmp_path / "bad")), *records[1:]]
+    options = {"batch_size": 1, "seed": 3}
+    good, found = take(stream(records, **options), 60), take(stream(partly, **options, max_dropped=0.2), 60)
+    replaced = [after["image_id"][0] for before, after in zip(good, found) if before["image_id"][0] == 0]
+    assert len(replaced) >= 6 and len(set(replaced)) >= 3
+
+
+def make_folder(path):
+    path.mkdir()
+    return path
 
 
 @pytest.mark.slow

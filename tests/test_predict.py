@@ -515,7 +515,16 @@ def test_whole_evaluation(random_model, tmp_path):
 def test_whole_visualisation(random_model, tmp_path):
     """Image 1 of the data set by its id, and a file that is not in it."""
     other = write_image(tmp_path / "other.png", 480, 640)
-    command = ["--visualize", "1", other, "--tensors", "proposals/*", "group0/block0/Relu", "--load", random_model]
+    command = [
+        "--visualize",
+        "1",
+        other,
+        "--tensors",
+        "proposals/*",
+        "group0/block0/conv3/Relu",
+        "--load",
+        random_model,
+    ]
     done = subprocess.run(
         [sys.executable, "predict.py", *map(str, command), "--output", tmp_path / "out"],
         cwd=ROOT,
@@ -523,7 +532,7 @@ def test_whole_visualisation(random_model, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    names = ["stages.png", "tensors-group0.block0.Relu.png", "tensors.npz"]
+    names = ["stages.png", "tensors-group0.block0.conv3.Relu.png", "tensors.npz"]
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [f"{stem}-{name}" for stem in ("1", "other") for name in names]
     height, width = cv2.imread(str(tmp_path / "out" / "other-stages.png")).shape[:2]

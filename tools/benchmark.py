@@ -1,4 +1,4 @@
-"""Measures the speed of loading data, a training step, inference and mask pasting, also beside torchvision's model.
+"""Measures the speed of data, training, inference, mask pasting and NMS, also beside torchvision's model.
 
     python -m tools.benchmark                                      R50-FPN Mask R-CNN on images of 800x1202
     python -m tools.benchmark --vs torchvision --precision float32 bfloat16 --batch 1 2
@@ -44,7 +44,6 @@ MEBIBYTE = 2**20
 OP_EVENT = re.compile(r"([\w/.]+):\w+")  # the profiler's name of a run of an op: NAME:TYPE
 # The scopes of the model's parts, also within the names of gradients and of a second use (rpn_1).
 STAGE = re.compile(r"(?:^|/)(conv0|group\d|fpn|rpn|fastrcnn|cascade_rcnn_stage\d|maskrcnn|Momentum)(?:_\d+)?(?=/|$)")
-MULTIPLYING = {"Conv2D", "Conv2DBackpropInput", "Conv2DBackpropFilter", "MatMul", "BatchMatMulV2"}
 OTHER = "other"  # ops of no part: RoIAlign, NMS, sampling, losses
 
 
@@ -128,8 +127,9 @@ def training_graph(case):
     tfv1.disable_eager_execution()
     model = TrainingModel(config, learning_rate=1e-6)
     inputs = [tfv1.placeholder(spec.dtype, spec.shape, spec.name) for spec in model.inputs()]
+    fill, stage, staged = staging(inputs)
     with TowerContext("", is_training=True):
-        cost = model.build_graph(*inputs)
+        cost = model.build_graph(*staged)
         step = model.optimizer().minimize(cost)
     session = tfv1.Session(config=session_config())
     initialize = tfv1.global_variables_initializer()
@@ -138,12 +138,27 @@ def training_graph(case):
     graph, scope = tfv1.get_default_graph(), "cascade_stage1" if config.FPN.CASCADE else "fastrcnn"
     counted = {name: graph.get_tensor_by_name(f"{scope}/{name}:0") for name in ("num_rois", "num_foreground")}
     num_rois = config.FRCNN.BATCH_PER_IM
+    session.run(fill, feed)
     for _ in range(case.draws):
         session.run(initialize)
-        work = {name: float(value) for name, value in session.run(counted, feed).items()}
+        work = {name: float(value) for name, value in session.run((counted, stage), feed)[0].items()}
         if work == {"num_rois": num_rois, "num_foreground": int(num_rois * config.FRCNN.FG_RATIO)}:
             break
-    return session, [step, cost, model.gradient_norm], feed, work
+    return session, [step, cost, model.gradient_norm, stage], feed if stage.type == "NoOp" else {}, work
+
+
+def staging(inputs):
+    """On a GPU, a batch that stays there: the op that takes it there, the op that keeps it there, and its tensors."""
+    import tensorflow as tf
+    from tensorflow.python.ops.data_flow_ops import StagingArea
+
+    from modeling import device
+
+    if not device.is_gpu():
+        return tf.no_op(), tf.no_op(), inputs
+    area = StagingArea([x.dtype for x in inputs], [x.shape for x in inputs], capacity=1)
+    fill, staged = area.put(inputs), area.get()
+    return fill, area.put(staged), staged
 
 
 def training_batch(case):
@@ -203,6 +218,7 @@ def inference_graph(images):
             if name.endswith(("/b", "/beta")):  # TensorFlow would remove the addition of zeros
                 value += np.random.default_rng(0).normal(0, 0.01, value.shape)
         weights.assign(session, {v: values[n] for n, v in weights.model_variables().items()})
+        inference.update(session)
         feed = dict(zip(inference.inputs, pad_images(images, multiple=padding_multiple(config))))
         fetches = [tensor for tensor in inference.detections if tensor is not None]
         yield session, fetches, feed, values
@@ -250,12 +266,44 @@ def prepare_paste(case):
     return (lambda: paste_rle(masks, boxes_xyxy, height, width)), {"num_detections": count}
 
 
+def prepare_nms(case):
+    """Prepares the NMS of proposals, in the form for CPUs or GPUs: for each image five problems of 2000 boxes."""
+    import tensorflow as tf
+    from tensorpack.compat import tfv1
+
+    from inference.graph import session_config
+    from modeling import device, nms
+
+    boxes_xyxy = clustered_boxes(5 * case.batch, 2000, case.size)
+    with tf.Graph().as_default(), device.building_for(gpu=case.part == "nms-gpu"):
+        boxes = tfv1.get_variable("boxes", boxes_xyxy.shape)  # the device has it before the measurement
+        candidates = tf.fill(boxes_xyxy.shape[:2], True)
+        kept = nms.suppress(boxes, candidates, iou_threshold=0.7, max_output=1000)
+        session = tfv1.Session(config=session_config())
+    session.run(boxes.initializer, {boxes.initializer.inputs[1]: boxes_xyxy})
+    num_kept = int(session.run(kept)[1].sum())
+    return (lambda: session.run([x.op for x in kept])), {"num_kept": num_kept}
+
+
+def clustered_boxes(problems, count, size):
+    """Boxes around 100 centres in each problem, float32 [problems, count, 4], as a trained RPN proposes them."""
+    rng, (height, width) = np.random.default_rng(0), size
+    centers = rng.uniform(0, 1, (problems, 100, 2)) * (width, height)
+    edges = np.exp(rng.normal(np.log(min(size) / 8), 0.5, (problems, 100, 2)))
+    cluster = rng.integers(0, 100, (problems, count, 1))
+    center, edge = (np.take_along_axis(x, cluster, axis=1) for x in (centers, edges))
+    center, edge = center + edge * rng.normal(0, 0.08, center.shape), edge * np.exp(rng.normal(0, 0.15, edge.shape))
+    return np.concatenate([center - edge / 2, center + edge / 2], axis=2).astype(np.float32)
+
+
 PREPARE = {
     "data": prepare_data,
     "training": prepare_training,
     "inference": prepare_inference,
     "paste": prepare_paste,
     "paste-full": prepare_paste,
+    "nms": prepare_nms,
+    "nms-gpu": prepare_nms,
 }
 
 
@@ -278,10 +326,27 @@ def serve(case, connection):
             start = time.perf_counter()
             run()
             connection.send({"seconds": time.perf_counter() - start})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        connection.send({"peak": peak, "ops": profile_ops(run)})
+        device, peak = find_device(case)
+        connection.send({"device": device, "peak": peak, "ops": profile_ops(run) if device == "CPU" else []})
     except UserError as error:
         connection.send({"error": str(error)})
+
+
+def find_device(case):
+    """ "GPU" or "CPU", which this process used, and the peak of its memory there, in bytes."""
+    of_process = "CPU", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if case.part not in COMPARED:
+        return of_process
+    if case.side == "torchvision":
+        from tools import torchvision_peer
+
+        peak = torchvision_peer.peak_memory()
+        return of_process if peak is None else ("GPU", peak)
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        return of_process
+    return "GPU", tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def profile_ops(run):
@@ -364,6 +429,7 @@ class Worker:
             "highest": max(self.seconds),
             "img/s": 1 / median,
             "peak MiB": last["peak"] / MEBIBYTE,
+            "device": last["device"],
             "work": self.work,
             "stages": shares((stage_of(name), seconds) for name, seconds in last["ops"]),
         }
@@ -389,67 +455,27 @@ def measure(cases, *, repeat):
             worker.kill()
 
 
-# ---------------------------------------------------------------- lower bounds: arithmetic, and a convolution's rate
+# ---------------------------------------------------------------- a lower bound
 
 
-def multiply_adds(case):
+def count_multiply_adds(case):
     """The multiply-adds per image of a part's convolutions and matrix products; in training with their gradients."""
+    from tools import multiply_adds
+
     configure(case)
     if case.part == "training":
         session, fetches, feed, _ = training_graph(case)
-        return count_multiply_adds(session, fetches, feed) / case.batch
+        return multiply_adds.count(session, fetches, feed) / case.batch
     config.freeze()
     with inference_graph(list(synthetic_batch(case)["image"])) as (session, fetches, feed, _):
-        return count_multiply_adds(session, fetches, feed) / case.batch
+        return multiply_adds.count(session, fetches, feed) / case.batch
 
 
-def count_multiply_adds(session, fetches, feed):
-    """The multiply-adds of all convolutions and matrix products that `fetches`, tensors or ops, require."""
-    from tensorpack.compat import tfv1
+def convolution_rate(precision):
+    """The multiply-adds per second of a large convolution: see `multiply_adds.rate`."""
+    from tools import multiply_adds
 
-    graph = session.graph
-    fetched = [fetch.name.partition(":")[0] for fetch in fetches]
-    needed = {node.name for node in tfv1.graph_util.extract_sub_graph(graph.as_graph_def(), fetched).node}
-    with graph.as_default():
-        factors = [factors_of(op) for op in graph.get_operations() if op.name in needed and op.type in MULTIPLYING]
-    return sum(int(np.prod(np.concatenate(pair), dtype=np.int64)) for pair in session.run(factors, feed))
-
-
-def factors_of(op):
-    """The multiply-adds of an op of a type in MULTIPLYING, as factors: the numbers of two int32 vectors."""
-    import tensorflow as tf
-
-    if op.type == "Conv2D":  # each output takes one for each weight of its channel
-        return tf.shape(op.outputs[0]), tf.shape(op.inputs[1])[:3]
-    if op.type == "Conv2DBackpropInput":
-        return tf.shape(op.inputs[2]), tf.shape(op.inputs[1])[:3]
-    if op.type == "Conv2DBackpropFilter":
-        return tf.shape(op.inputs[2]), op.inputs[1][:3]
-    axis = -2 if op.get_attr("transpose_a" if op.type == "MatMul" else "adj_x") else -1
-    return tf.shape(op.outputs[0]), tf.shape(op.inputs[0])[axis, None]
-
-
-def convolution_rate(precision, *, repeat=5):
-    """The multiply-adds per second of a large 3x3 convolution, 256 channels on a map of 200x304."""
-    import tensorflow as tf
-    from tensorpack.compat import tfv1
-
-    from inference.graph import session_config
-
-    shape, channels = (1, 200, 304, 256), 256
-    with tf.Graph().as_default(), tfv1.Session(config=session_config()) as session:
-        dtype = tf.as_dtype(precision)
-        x = tfv1.Variable(tf.cast(tf.ones(shape), dtype))
-        kernel = tfv1.Variable(tf.cast(tf.ones((3, 3, channels, channels)), dtype))
-        run = tf.nn.conv2d(x, kernel, 1, "SAME").op
-        session.run(tfv1.global_variables_initializer())
-        session.run(run)
-        seconds = []
-        for _ in range(repeat):
-            start = time.perf_counter()
-            session.run(run)
-            seconds.append(time.perf_counter() - start)
-    return shape[1] * shape[2] * 9 * channels * channels / statistics.median(seconds)
+    return multiply_adds.rate(precision)
 
 
 # ---------------------------------------------------------------- the command
@@ -466,6 +492,7 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--config", nargs="+", default=[], metavar="KEY=VALUE", help="settings of another model or data"
     )
+    parser.add_argument("--xla", action="store_true", help="let TensorFlow compile clusters of ops by XLA")
     parser.add_argument("--json", metavar="FILE", help="also write the results to this new file")
     return parser.parse_args(arguments)
 
@@ -483,18 +510,24 @@ def main(arguments):
     size, overrides = parse_size(arguments.size), tuple(arguments.config)
     check_arguments(arguments)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # of all processes to come
+    if arguments.xla:
+        os.environ["TF_XLA_FLAGS"] = "--tf_xla_auto_jit=2 --tf_xla_cpu_global_jit"
     if arguments.vs:
         in_process(check_peer)
-    counts, rates = find_floors(arguments, size, overrides)
     results = []
     for part, precision, batch in itertools.product(arguments.parts, arguments.precision, arguments.batch):
-        if part not in COMPARED and (precision, batch) != (arguments.precision[0], arguments.batch[0]):
-            continue  # these parts do not run the network: once is enough
+        # Parts other than the network: once is enough, but the number of problems of an NMS grows with the batch.
+        batches = arguments.batch if part.startswith("nms") else arguments.batch[:1]
+        if part not in COMPARED and (precision != arguments.precision[0] or batch not in batches):
+            continue
         sides = SIDES if arguments.vs and part in COMPARED else SIDES[:1]
         cases = [Case(side, part, precision, batch, size, overrides) for side in sides]
         results += measure(cases, repeat=arguments.repeat)
         print_group(results[-len(cases) :])
-    print_floors(counts, rates)
+    counts, rates = {}, {}
+    if all(result["device"] == "CPU" for result in results):
+        counts, rates = find_floors(arguments, size, overrides)
+        print_floors(counts, rates)
     if arguments.json:
         with open(arguments.json, "x") as file:
             parts = {"results": results, "multiply-adds": counts, "multiply-adds per second": rates}
@@ -504,7 +537,7 @@ def main(arguments):
 def find_floors(arguments, size, overrides):
     """The multiply-adds per image of each part that is a graph, and their rate in each precision: two dicts."""
     cases = [Case(SIDES[0], part, "float32", 1, size, overrides) for part in COMPARED if part in arguments.parts]
-    counts = {case.part: in_process(multiply_adds, case) for case in cases}
+    counts = {case.part: in_process(count_multiply_adds, case) for case in cases}
     return counts, {precision: in_process(convolution_rate, precision) for precision in arguments.precision if counts}
 
 
@@ -525,8 +558,6 @@ def check_arguments(arguments):
         raise UserError(f"--json {path}: give a new file in a folder that can be written to")
     if arguments.vs and not all(override.startswith("DATA.") for override in arguments.config):
         raise UserError("--vs torchvision: its side is R50-FPN Mask R-CNN, so --config takes DATA keys alone")
-    if arguments.vs and "float16" in arguments.precision:
-        raise UserError("--vs torchvision: not in float16, which its model does not train in on a CPU")
 
 
 def print_floors(counts, rates):
@@ -545,9 +576,9 @@ def in_process(function, *args):
 
 def print_group(results):
     """Prints a table of results that were measured alternately, and the ratio of their times if their work is equal."""
-    columns = ("part", "precision", "batch", "side", "s/img", "lowest", "highest", "img/s", "peak MiB")
+    columns = ("part", "device", "precision", "batch", "side", "s/img", "lowest", "highest", "img/s", "peak MiB")
     rows = [[result[name] for name in columns] for result in results]
-    formats = ("", "", "", "", ".3f", ".3f", ".3f", ".2f", ".0f")
+    formats = ("", "", "", "", "", ".4f", ".4f", ".4f", ".2f", ".0f")
     print(tabulate(rows, columns, floatfmt=formats))
     for result in results:
         print(f"  {result['side']}: " + ", ".join(f"{name} {value:g}" for name, value in result["work"].items()))

@@ -166,7 +166,7 @@ class Guard(Callback):
         numbers = tf.stack([*(tower.cost for tower in self._model.towers), self._model.gradient_norm])
         code = tf.where(tf.reduce_all(tf.math.is_finite(numbers)), self._signal, DIVERGED)
         self._fetches = {"codes": self._ranks.share(code), "norm": self._model.gradient_norm}
-        self._fetches["towers"] = [tower._asdict() for tower in self._model.towers]
+        self._fetches["towers"] = [tower.pack() for tower in self._model.towers]
 
     def _before_run(self, _):
         return tfv1.train.SessionRunArgs(self._fetches, {self._signal: self._watchdog.signal})
@@ -215,9 +215,9 @@ class Guard(Callback):
         if self._codes[self._ranks.rank] != DIVERGED:
             ranks = ", ".join(map(str, np.flatnonzero(self._codes == DIVERGED)))
             return f"the loss or gradient of rank {ranks} is not finite at step {step}: see its message"
-        towers = results["towers"]
-        images = ", ".join(str(image_id) for tower in towers for image_id in tower["image_id"])
-        terms = ", ".join(f"{name}={value:.3g}" for tower in towers for name, value in tower["losses"].items())
+        towers = [tower.unpack(packed) for tower, packed in zip(self._model.towers, results["towers"])]
+        images = ", ".join(str(image_id) for tower in towers for image_id in tower.image_id)
+        terms = ", ".join(f"{name}={value:.3g}" for tower in towers for name, value in tower.losses.items())
         rate = self._schedule.learning_rate_at(step - 1)
         return (
             f"the loss or its gradient is not finite at step {step}: images {images}; {terms}, "
@@ -228,7 +228,7 @@ class Guard(Callback):
         """Writes the batches of the step to a file; returns a text that names it, or why there is none."""
         path = self._directory / f"diverged-{step}-rank{self._ranks.rank}.npz"
         try:
-            batches = [self._make_batch(tower["sample_key"][:, 1].tolist()) for tower in towers]
+            batches = [self._make_batch(tower.sample_key[:, 1].tolist()) for tower in towers]
             arrays = {f"tower{i}/{name}": x for i, batch in enumerate(batches) for name, x in batch.items()}
             with Whole(unused_path(path)) as file, writing(path):
                 np.savez(file.part, **arrays)

@@ -5,8 +5,10 @@ import time
 import tensorflow as tf
 from tensorpack.compat import tfv1
 from tensorpack.dataflow import DataFlow, DataFlowTerminated
-from tensorpack.input_source import QueueInput
+from tensorpack.input_source import InputSource, QueueInput, StagingInput
 from tensorpack.tfutils.summary import add_moving_summary
+
+from modeling import device
 
 QUEUE_SIZE = 8  # batches ready to train on; tensorpack's 50 would take gigabytes
 
@@ -59,6 +61,12 @@ class Batches(DataFlow):
         """Raises the error that ended the stream, if there is one."""
         if self._error is not None:
             raise self._error
+
+
+def make_input(batches: "Batches", signature: list[tf.TensorSpec]) -> InputSource:
+    """The input of a training. A GPU gets its next batch while it computes: tensorpack does this for several only."""
+    source = TimedQueueInput(batches, signature)
+    return StagingInput(source) if device.is_gpu() else source
 
 
 class TimedQueueInput(QueueInput):

@@ -1,5 +1,6 @@
 """Optimizers by the names of TRAIN.OPTIMIZER, and their wrappers: gradient norm, loss scaling, accumulation."""
 
+import re
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -7,6 +8,8 @@ from tensorpack.compat import tfv1
 from tensorpack.tfutils.optimizer import ProxyOptimizer
 
 from common.registry import Registry
+from modeling import device
+from modeling.parameters import join, map_packed
 
 OPTIMIZERS = Registry("TRAIN.OPTIMIZER")
 FIRST_SCALE, SCALE_PATIENCE = 2.0**15, 2000  # of float16's loss; steps without an overflow that double the scale
@@ -19,7 +22,7 @@ def register_optimizer(
 
     Args:
         make: function (learning_rate, a float32 variable that follows the schedule) -> tf.compat.v1.train.Optimizer.
-            The loss contains weight decay already (TRAIN.WEIGHT_DECAY).
+            The gradients contain weight decay already (TRAIN.WEIGHT_DECAY).
     Raises:
         ConfigError: the name is taken.
     """
@@ -29,19 +32,53 @@ def register_optimizer(
 register_optimizer("momentum", lambda learning_rate: tfv1.train.MomentumOptimizer(learning_rate, 0.9))
 
 
+def is_decayed(variable: tf.Variable) -> bool:
+    """Whether weight decay applies to a variable: to the kernels of all layers, not to biases and norms."""
+    return re.search(r"(^|/)W$", variable.op.name) is not None
+
+
+def sum_of_squares(tensors):
+    """The sum of the squares of all elements of a list of tensors, float32 scalar."""
+    if device.is_gpu():
+        tensors = [join(tensors)]
+    return 2.0 * tf.add_n([tf.nn.l2_loss(x) for x in tensors])
+
+
+class Decayed(ProxyOptimizer):
+    """Wraps an optimizer: adds the gradient of weight decay, `decay` / 2 times the sum of the weights' squares."""
+
+    def __init__(self, optimizer, decay):
+        super().__init__(optimizer, "Decayed")
+        self._decay = decay
+
+    def compute_gradients(self, *args, **kwargs):
+        """The gradients of the loss and of weight decay as a list of (gradient, variable)."""
+        pairs = self._opt.compute_gradients(*args, **kwargs)
+        decayed = [(gradient, v) for gradient, v in pairs if gradient is not None and is_decayed(v)]
+        if not decayed:
+            return pairs
+        gradients, variables = zip(*decayed)
+        weights = [tf.convert_to_tensor(v) for v in variables]
+        sums = iter(map_packed(lambda gradient, weight: gradient + self._decay * weight, gradients, weights))
+        return [(next(sums) if g is not None and is_decayed(v) else g, v) for g, v in pairs]
+
+
 class Measured(ProxyOptimizer):
     """Wraps an optimizer: sets the `gradient_norm` of a TrainingModel."""
 
-    def __init__(self, optimizer, model):
+    def __init__(self, optimizer, model, *, forgive=tf.identity):
+        """
+        Args:
+            forgive: function of the norm, see LossScaled.forgive
+        """
         super().__init__(optimizer, "Measured")
-        self._model = model
+        self._model, self._forgive = model, forgive
 
     def apply_gradients(self, grads_and_vars, *args, **kwargs):
         """Measures the global norm of the gradients, float32 scalar, and applies them."""
         if self._model.gradient_norm is None:  # once: all towers get the same gradient
-            norm = tf.linalg.global_norm([gradient for gradient, _ in grads_and_vars])
-            is_scaled = isinstance(self._opt, LossScaled)
-            self._model.gradient_norm = self._opt.forgive(norm) if is_scaled else norm
+            norm = tf.sqrt(sum_of_squares([gradient for gradient, _ in grads_and_vars if gradient is not None]))
+            self._model.gradient_norm = self._forgive(norm)
         return self._opt.apply_gradients(grads_and_vars, *args, **kwargs)
 
 
@@ -64,7 +101,9 @@ class LossScaled(ProxyOptimizer):
                 self._is_adapted = False
         self._used_scale = scale = self._scale.read_value()
         scaled = self._opt.compute_gradients(loss * scale, *args, **kwargs)
-        return [(gradient if gradient is None else gradient / scale, variable) for gradient, variable in scaled]
+        gradients = [gradient for gradient, _ in scaled if gradient is not None]
+        unscaled = iter(map_packed(lambda gradient: gradient / scale, gradients))
+        return [(gradient if gradient is None else next(unscaled), variable) for gradient, variable in scaled]
 
     def forgive(self, norm):
         """The gradient's norm, but 0 after an overflow that a smaller scale may avoid, which is no divergence."""
@@ -73,7 +112,7 @@ class LossScaled(ProxyOptimizer):
     def apply_gradients(self, grads_and_vars, *args, **kwargs):
         """Applies the gradients if all are finite, and adapts the scale."""
         grads_and_vars = [(gradient, variable) for gradient, variable in grads_and_vars if gradient is not None]
-        is_finite = tf.math.is_finite(tf.add_n([tf.reduce_sum(gradient) for gradient, _ in grads_and_vars]))
+        is_finite = tf.math.is_finite(sum_of_squares([gradient for gradient, _ in grads_and_vars]))
         applied = tf.cond(is_finite, lambda: self._opt.apply_gradients(grads_and_vars, *args, **kwargs), tf.no_op)
         if self._is_adapted:
             return applied

@@ -25,12 +25,12 @@ from dataset import Dataset, Record
 from dataset.augment import TRANSFORMS
 from evaluation import metrics
 from inference import stages
-from inference.graph import Inference, TowerInference, session_config
+from inference.graph import Inference, TowerInference, session_config, warn_of_precision
 from modeling import rcnn
 from training import monitors, optimizers, trainers
 from training.exactness import CompleteGradients
 from training.guards import CheckpointSaver, Guard
-from training.input import Batches, TimedQueueInput
+from training.input import Batches, make_input
 from training.model import TrainingModel
 from training.resume import AfterFirstStep, FirstEpochFrom, InitialWeights, Resumed, rewind_statistics
 from training.schedule import LearningRateSetter, Schedule, derive_schedule
@@ -65,6 +65,7 @@ def train(run: Run) -> None:
     check_names(settings)
     trainer, towers = make_trainer(settings, ranks)
     start_log(run, is_chief=trainer.is_chief)
+    warn_of_precision(settings.TRAIN.PRECISION)
     schedule = make_schedule(settings, devices=towers * ranks.size, num_images=len(run.records))
     logger.info(f"Schedule: {schedule}")
     snapshot = find_snapshot(run, schedule) if run.is_resumed and trainer.is_chief else None
@@ -85,7 +86,7 @@ def train(run: Run) -> None:
         launch_train_with_config(
             TrainConfig(
                 model=model,
-                data=TimedQueueInput(batches, signature),
+                data=make_input(batches, signature),
                 callbacks=make_callbacks(run, schedule, guard, saver, towers=towers, steps_done=steps_done),
                 extra_callbacks=monitors.default_callbacks(),
                 monitors=monitors.make_monitors(settings, run.logdir) if trainer.is_chief else [],

@@ -38,7 +38,7 @@ class EvalCallback(Callback):
         Args:
             settings: config.Config.
             build_inference: called while the graph is built; returns an object whose `bind(session)` is a `network`
-                (see inference/graph.py) with the variables of the training.
+                (see inference/graph.py) and whose `update(session)` gives it the present weights of the training.
             datasets: list of Datasets.
             period_epochs: 0 evaluates only after the last epoch.
             output_dir: folder for the results.
@@ -63,6 +63,7 @@ class EvalCallback(Callback):
     def _trigger_epoch(self):
         is_last = self.epoch_num == self.trainer.max_epoch
         if is_last or (self._period > 0 and self.epoch_num % self._period == 0):
+            self._inference.update(self.trainer.sess)
             values = [self._evaluate(dataset) for dataset in self._datasets]
             if values and values[0] is not None:
                 name = f"mAP({'segm' if self._settings.MODE_MASK else 'bbox'})/IoU=0.5:0.95"

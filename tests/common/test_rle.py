@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from helpers import paste_mask, random_boxes
+from helpers import paste_by_definition, paste_mask, random_boxes
 
 from common.rle import compress_rle, encode_rle, pack_masks, paste_rle, rle_areas, segmentation_to_mask
 
@@ -179,26 +179,6 @@ def test_pack_masks_is_undone_by_unpacking(shape):
 
 
 # -------------------------------------------------------------------------------------------------------------- pasting
-
-
-def paste_by_definition(mask, box, height, width):
-    """Each pixel on its own: the mask with a ring of zeros, the box larger by as much, bilinear at the pixel's centre.
-
-    Returns the interpolated values, float64 [height, width].
-    """
-    ringed = np.pad(np.asarray(mask, np.float64), 1)
-    rows, columns = ringed.shape
-    x1, y1, x2, y2 = np.asarray(box, np.float64)
-    box_width, box_height = (x2 - x1) * columns / (columns - 2), (y2 - y1) * rows / (rows - 2)
-    left, top = (x1 + x2) / 2 - box_width / 2, (y1 + y2) / 2 - box_height / 2
-    values = np.zeros((height, width))
-    for i, j in np.ndindex(height, width):
-        v, u = (i + 0.5 - top) / box_height * rows - 0.5, (j + 0.5 - left) / box_width * columns - 0.5
-        for row in (int(np.floor(v)), int(np.floor(v)) + 1):
-            for column in (int(np.floor(u)), int(np.floor(u)) + 1):
-                if 0 <= row < rows and 0 <= column < columns:
-                    values[i, j] += (1 - abs(v - row)) * (1 - abs(u - column)) * ringed[row, column]
-    return values
 
 
 def assert_pasted(mask, box, height, width):

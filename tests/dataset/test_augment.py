@@ -103,6 +103,25 @@ def test_run_length_encoded_masks_equal_polygons(tmp_path):
             assert mask_iou(mask_a, mask_b) > 0.94
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_polygons_are_drawn_as_pycocotools_draws_them_on_the_whole_example(mirrored):
+    """Pixel by pixel, also thin ones, on borders and beyond them: nothing of the outline is left out."""
+    rng = np.random.default_rng(3)
+    view = View(
+        70, 100, scale_x=-1.3 if mirrored else 1.3, shift_x=104.0 if mirrored else -4.0, scale_y=0.9, shift_y=3.0
+    )
+    polygons = [(rng.uniform(-10, 90, (n, 2)) * rng.choice([0.1, 0.5, 1])).round(2) for n in (3, 4, 5, 8) * 30]
+    polygons += [
+        np.array([[x, y], [x + 0.7, y], [x + 0.7, y + 30], [x, y + 30]]) for x in (7.6, 8.0, 8.4) for y in (0, 9.5)
+    ]
+    drawn = unpack(view.draw_masks([[polygon] for polygon in polygons]), 100)
+    for polygon, mask in zip(polygons, drawn):
+        points = polygon * (view.scale_x, view.scale_y) + (view.shift_x, view.shift_y)
+        whole = segmentation_to_mask([points], 70, 100)
+        np.testing.assert_array_equal(mask, whole)
+    assert sum(mask.any() for mask in drawn) > 60
+
+
 def test_half_of_the_images_are_mirrored(tmp_path):
     record = make_record(tmp_path, 1, 40, 60)
     images = [batch["image"][0] for batch in take(stream([record]), 400)]

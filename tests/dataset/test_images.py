@@ -186,7 +186,7 @@ def test_pad_images(multiple, expected):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("orientation", UPRIGHT)
 def test_the_size_in_the_header_is_the_size_of_the_image(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[274] = orientation

@@ -166,6 +166,22 @@ def test_of_equal_overlaps_the_last_object_is_taken(tmp_path):
     assert plain_pycocotools(results, path, "bbox").stats[1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("side", [31, 32, 33, 95, 96, 97])
+def test_sizes_at_the_limits_count_as_pycocotools_counts_them(tmp_path, side):
+    """Objects and detections of exactly 32 x 32 belong to small and to medium, of 96 x 96 to medium and to large."""
+    truth = [true_object(1, box=(10, 10, side, side)), true_object(2, image_id=2, box=(10, 10, 64, 64))]
+    false = true_object(0, box=(100, 100, side, side))
+    path, results = write_truth(tmp_path, truth), [result_for(truth[0]), result_for(false, 0.9)]
+    for each in metrics.evaluate(path, results):
+        expected = plain_pycocotools(results, path, each.kind).stats[:6]
+        np.testing.assert_allclose(
+            list(each.metrics().values()), np.where(expected < 0, math.nan, expected), atol=1e-12
+        )
+        found = {name for name in ("small", "medium", "large") if each.average_precision(name) > 0}
+        limits = {"small": side <= 32, "medium": 32 <= side <= 96, "large": side >= 96}
+        assert found == {name for name, holds in limits.items() if holds}
+
+
 def test_metric_names(tmp_path):
     truth = [true_object(1)]
     values = coco_metrics([result_for(truth[0])], write_truth(tmp_path, truth))
@@ -244,13 +260,16 @@ def test_polygon_far_outside_does_not_crash(tmp_path):
     assert values["mAP(segm)/IoU=0.5:0.95"] == pytest.approx(1)
 
 
+BAD = (math.nan, math.inf, -math.inf)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"category_id": 99}, "categories 99.*truth.json"),
         ({"image_id": 99}, "images 99.*truth.json"),
         ({"score": math.nan}, "image 1 .*not finite"),
-        ({"bbox": [0, 0, math.inf, 1]}, "image 1 .*not finite"),
+        *[({"bbox": [*[5.0] * i, bad, *[5.0] * (3 - i)]}, "image 1 .*not finite") for i in range(4) for bad in BAD],
     ],
 )
 def test_results_that_do_not_fit_are_refused(tmp_path, changes, message):

@@ -1,12 +1,15 @@
 """Trained models applied to images: hand-worked boxes and masks; several models, many threads, mistakes."""
 
 import ctypes
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers import found
 from rectangles import make_settings
+from tensorpack.compat import tfv1
 from tiny_models import make_model
 
 from common import checkpoint, weights
@@ -15,7 +18,8 @@ from data import inference_geometry
 from dataset import shapes
 from evaluation.metrics import NonFiniteError
 from inference import Predictor
-from inference.predictor import predict_images
+from inference.graph import Inference, session_config
+from inference.predictor import predict_images, with_augmentation
 
 # ---------------------------------------------------------------- images
 
@@ -86,8 +90,14 @@ def test_diverged_network_is_refused(geometry, row):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("run"), "fpn")
+def models(tmp_path_factory):
+    """Makes models of random weights by name, each once."""
+    return functools.cache(lambda name: make_model(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture(scope="module")
+def run(models):
+    return models("fpn")
 
 
 def same(one, other):
@@ -165,9 +175,10 @@ def test_mistakes(run, tmp_path):
         Predictor(run, settings=["TEST.RESULT_PER_IM=3"])
     with pytest.raises(UserError, match="CLASS_NAMES is not set"):
         Predictor(run, settings=["DATA.CLASS_NAMES=[]"])
+    predictor = Predictor(run)
     for image in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32), np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(ValueError, match="images must be uint8"):
-            Predictor(run)([image])
+            predictor([image])
 
 
 @pytest.mark.parametrize(
@@ -184,18 +195,25 @@ def test_mistakes(run, tmp_path):
         ("c4", "maskrcnn/conv/W", "maskrcnn/deconv/b", []),
     ],
 )
-def test_overflow_is_told(model, variable, fed_by, settings, tmp_path):
+def test_overflow_is_told(models, model, variable, fed_by, settings):
     """Not taken for an image without objects, or objects without masks."""
-    values = weights.read(checkpoint.resolve(make_model(tmp_path, model)))
-    values[fed_by] += 100  # what the large weights are multiplied by
-    largest = 6e4 if "TEST.PRECISION=float16" in settings else 3e38
-    large = np.random.default_rng(0).choice(np.float32([-largest, largest]), values[variable].shape)
-    np.savez(tmp_path / "finite.npz", **values)
-    np.savez(tmp_path / "large.npz", **values | {variable: large})
+    path = checkpoint.resolve(models(model))
+    settings = checkpoint.settings_of(path, overrides=settings)
     image = shapes.draw_image(np.random.default_rng(5), 96)[0]
-    Predictor(tmp_path / "finite.npz", settings=settings)([image])
-    with pytest.raises(NonFiniteError, match="image 1 of 1: .* not finite: .*diverged"):
-        Predictor(tmp_path / "large.npz", settings=settings)([image])
+    with tf.Graph().as_default(), tfv1.Session(config=session_config()) as session:
+        inference = Inference(settings)
+        weights.load(path, session, check=weights.check_complete)
+        by_name = weights.model_variables()
+        value = session.run(by_name[fed_by]) + 100  # what the large weights are multiplied by
+        weights.assign(session, {by_name[fed_by]: value})
+        network = with_augmentation(settings, inference.bind(session))
+        predict_images(network, [image], geometry=inference_geometry(settings))
+        largest = 6e4 if settings.TEST.PRECISION == "float16" else 3e38
+        large = np.random.default_rng(0).choice(np.float32([-largest, largest]), by_name[variable].shape)
+        weights.assign(session, {by_name[variable]: large})
+        inference.update(session)
+        with pytest.raises(NonFiniteError, match="image 1 of 1: .* not finite: .*diverged"):
+            predict_images(network, [image], geometry=inference_geometry(settings))
 
 
 IS_MAPPED = 2  # glibc's flag, in the size before a block: mapped singly, and returned to the system when it is freed

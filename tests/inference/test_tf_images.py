@@ -83,6 +83,19 @@ def test_pasting_equals_numpy():
     assert not pasted[:2].any() and pasted[2].any()
 
 
+def test_exactly_half_is_in_the_mask():
+    """By hand: cells of a pixel each, whose centres meet the pixels'; the ring of zeros halves the value around."""
+    masks = np.array([[[0.5, 0.49], [0.51, 0.5]], [[1.0, 1.0], [1.0, 1.0]]], np.float32)
+    boxes = np.array([[1, 1, 3, 3], [1.5, 1, 3.5, 3]], np.float32)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        found = session.run(tf_images.paste_masks(tf.constant(masks), tf.constant(boxes), tf.constant([4, 5])))
+    assert np.argwhere(found[0]).tolist() == [[1, 1], [2, 1], [2, 2]]
+    # Columns 1 and 3 have their centres on the edges of the box, midway between a cell of 1 and the ring.
+    assert np.argwhere(found[1]).tolist() == [[row, column] for row in (1, 2) for column in (1, 2, 3)]
+    for mask, box, pasted in zip(masks, boxes, found):
+        np.testing.assert_array_equal(paste_mask(mask, box, 4, 5), pasted)
+
+
 def test_decoding_equals_opencv():
     rng = np.random.default_rng(4)
     images = [

@@ -113,3 +113,59 @@ def test_nothing_found(masks):
     nothing = tta.merge([found(masks=masks)] * 2, 1, iou_threshold=0.5, max_per_image=5)
     assert nothing.boxes.shape == (0, 4) and len(nothing.labels) == 0
     assert masks is None or nothing.masks.shape == (0, 14, 14)
+
+
+@pytest.mark.parametrize("bad_view", [0, 1, 3])
+def test_an_overflow_in_any_view_is_kept(bad_view):
+    """A score of NaN, by which the caller refuses the image, is lost in no merging with the other views."""
+    batch, shapes = draw((8, 4, 40, 50))
+    views = []
+
+    def network(image, image_shape):
+        views.append(len(views))
+        detections = bright_rectangle(image, image_shape)
+        return detections._replace(scores=detections.scores * np.nan) if views[-1] == bad_view else detections
+
+    merged = tta.augmented(network, scales=(0.5, 1.0), flip=True, **OPTIONS)(batch, shapes)
+    assert np.isnan(merged.scores).any()
+
+
+def test_an_empty_box_is_merged_with_nothing():
+    """It overlaps nothing, not even itself."""
+    boxes = [((5, 5, 5, 9), 0.9, 1, 0), ((5, 5, 5, 9), 0.8, 1, 0), ((0, 0, 9, 9), 0.7, 1, 0)]
+    merged = tta.merge([found(*boxes)], 1, iou_threshold=0.5, max_per_image=10)
+    np.testing.assert_allclose(merged.boxes, [box for box, *_ in boxes])
+    np.testing.assert_allclose(merged.scores, [0.9, 0.8, 0.7])
+
+
+def test_overlap_at_the_threshold_does_not_merge():
+    """IoU 0.5 exactly; NMS suppresses strictly above it, too."""
+    rows = [((0, 0, 8, 8), 0.9, 1, 0), ((0, 0, 8, 4), 0.8, 1, 0)]
+    assert len(tta.merge([found(*rows)], 1, iou_threshold=0.5, max_per_image=10).boxes) == 2
+    assert len(tta.merge([found(*rows)], 1, iou_threshold=0.49, max_per_image=10).boxes) == 1
+
+
+def test_moved_masks_are_sampled_at_the_centres_of_cells():
+    """Bilinear between the centres of the old cells, which count 0 outside: cell by cell in float64."""
+    rng, side = np.random.default_rng(0), 7
+    mask = rng.random((side, side)).astype(np.float32)
+    old, new = np.float64([10, 20, 31, 34]), np.float64([7, 22, 25, 40])
+    expected = np.zeros((side, side))
+    for row, column in np.ndindex(side, side):
+        x, y = (new[:2] + (np.array([column, row]) + 0.5) * (new[2:] - new[:2]) / side).tolist()
+        u, v = (np.array([x, y]) - old[:2]) / (old[2:] - old[:2]) * side - 0.5
+        for i in (int(np.floor(v)), int(np.floor(v)) + 1):
+            for j in (int(np.floor(u)), int(np.floor(u)) + 1):
+                if 0 <= i < side and 0 <= j < side:
+                    expected[row, column] += (1 - abs(v - i)) * (1 - abs(u - j)) * mask[i, j]
+    moved = tta._moved(mask, np.float32(old), np.float32(new))
+    np.testing.assert_allclose(moved, expected, atol=0.05)  # OpenCV rounds positions to 1/32 of a cell
+
+
+def test_mirrored_boxes_and_masks_of_images_of_different_widths_come_back():
+    """Each image's own width counts, not the batch's."""
+    views = found(((10, 0, 20, 8), 0.9, 1, 0), ((10, 0, 20, 8), 0.8, 1, 1), masks=np.arange(8.0).reshape(2, 2, 2))
+    shapes = np.array([[50, 60], [50, 100]])
+    back = tta._in_original(views, shapes, shapes * [2, 4], mirrored=True)
+    np.testing.assert_allclose(back.boxes, [[160, 0, 200, 16], [320, 0, 360, 16]])
+    np.testing.assert_array_equal(back.masks, [[[1, 0], [3, 2]], [[5, 4], [7, 6]]])

@@ -6,7 +6,7 @@ import tensorflow as tf
 from helpers import convolve, encode, evaluate, greedy_nms, group_norm, random_boxes, relu, variables
 
 from common import boxes as np_boxes
-from modeling import box_head, rpn
+from modeling import box_head, device, rpn
 
 tfv1 = tf.compat.v1
 
@@ -391,3 +391,26 @@ def test_background_and_empty_boxes_are_no_detections():
 def test_no_proposals_make_no_detections():
     found = detect(np.zeros((2, 0, 3)), np.zeros((2, 0, 2, 4)), np.zeros((2, 0), bool), [[50, 50]] * 2)
     assert [x.shape for x in found] == [(0, 4), (0,), (0,), (0,)]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_image_with_numbers_that_are_not_finite_gets_a_score_of_nan(gpu):
+    """After its detections, with label 1 and an empty box: not the look of an image without objects."""
+    boxes = np.float32([[[[0, 0, 10, 10]], [[20, 20, 40, 40]]]] * 4)
+    probabilities = np.float32([[[0.1, 0.2, 0.7], [0.1, 0.8, 0.1]], [[1, 0, 0]] * 2, [[1, 0, 0]] * 2, [[1, 0, 0]] * 2])
+    options = dict(score_threshold=0.15, nms_threshold=0.5, max_per_image=5)
+    arrays = (
+        probabilities,
+        boxes,
+        np.ones((4, 2), bool),
+        np.int32([[50, 50]] * 4),
+        np.array([False, True, False, True]),
+    )
+    with device.building_for(gpu=gpu):
+        boxes, scores, labels, image_index = evaluate(
+            lambda *x: box_head.detect(*x[:4], is_finite=x[4], **options)[:4], *arrays
+        )
+    np.testing.assert_array_equal(image_index, [0, 0, 0, 0, 2])
+    np.testing.assert_array_equal(scores, np.float32([0.8, 0.7, 0.2, np.nan, np.nan]))
+    np.testing.assert_array_equal(labels, [1, 2, 1, 1, 1])
+    np.testing.assert_array_equal(boxes[3:], np.zeros((2, 4)))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from graphs import pack
 from helpers import convolve, evaluate, group_norm, random_boxes, relu, variables
 
 from modeling import mask_head
@@ -53,10 +54,10 @@ def test_head_equals_the_definition(num_convs, norm, norm_first, dtype):
 def mask_targets(masks, image_shape, image_index, gt_index, boxes, resolution):
     return evaluate(
         lambda *arrays: mask_head.mask_targets(*arrays, resolution=resolution),
-        np.packbits(masks, axis=3),
+        pack(masks),
         np.int32(image_shape),
         np.int32(image_index),
-        np.int32(gt_index),
+        np.int64(gt_index),
         np.float32(boxes).reshape(-1, 4),
     )
 

@@ -120,9 +120,10 @@ def training_graph(*overrides, level=0, anchor=0):
     """The graph, and a scalar that is added to the logit of one anchor before proposals are made, 0 unless fed."""
     propose = rcnn._propose
 
-    def nudged(settings, logits, *args, **kwargs):
-        addend = nudge * tf.one_hot(anchor, tf.shape(logits[level])[1])
-        return propose(settings, [x + addend if i == level else x for i, x in enumerate(logits)], *args, **kwargs)
+    def nudged(settings, logits, deltas, anchors, *args, **kwargs):
+        place = sum(anchors.sizes[:level]) + anchor
+        logits += nudge * tf.one_hot(place, tf.shape(logits)[1])
+        return propose(settings, logits, deltas, anchors, *args, **kwargs)
 
     with tf.Graph().as_default(), pytest.MonkeyPatch.context() as patch:
         nudge = tfv1.placeholder_with_default(0.0, [])

@@ -28,7 +28,8 @@ def test_head_is_shared_and_ordered_by_row_column_and_kind():
         return outputs, variables()
 
     (logits, deltas), values = evaluate(build, *maps, random_variables=rng)
-    for x, level_logits, level_deltas in zip(maps, logits, deltas):
+    cuts = [3 * 5 * 3]
+    for x, level_logits, level_deltas in zip(maps, np.split(logits, cuts, axis=1), np.split(deltas, cuts, axis=1)):
         hidden = relu(convolve(x, values["rpn/conv0/W"], bias=values["rpn/conv0/b"], before=1, after=1))
         kinds = convolve(hidden, values["rpn/class/W"], bias=values["rpn/class/b"])
         sides = convolve(hidden, values["rpn/box/W"], bias=values["rpn/box/b"])
@@ -52,7 +53,7 @@ def test_head_at_some_anchors_is_the_head_and_has_its_gradient():
             return [tf.convert_to_tensor(x) for x in tf.gradients(loss, [*maps, *tfv1.trainable_variables()])]
 
         options = dict(channels=6, num_anchors=3)
-        whole = [tf.gather(tf.concat(x, axis=1), index, batch_dims=1) for x in rpn.rpn_head(maps, **options)]
+        whole = [tf.gather(x, index, batch_dims=1) for x in rpn.rpn_head(maps, **options)]
         picked = rpn.rpn_head_at(maps, index, **options)
         return (picked, gradients(picked)), (whole, gradients(whole))
 
@@ -62,35 +63,45 @@ def test_head_at_some_anchors_is_the_head_and_has_its_gradient():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 
 
-def level_anchors(height, width, valid_cells, *, stride=8, level=0):
+def make_anchors(sizes, valid_cells, *, strides, base_anchors=BASE_ANCHORS):
+    """sizes: [L, 2]. valid_cells: [N, L, 2]."""
     return rpn.Anchors(
         *evaluate(
-            lambda x, cells: rpn.level_anchors(x, cells, stride=stride, base_anchors=BASE_ANCHORS, level=level),
-            np.zeros((len(valid_cells), height, width, 1), np.float32),
-            np.int32(valid_cells),
+            lambda cells, *maps: rpn.make_anchors(
+                maps, cells, strides=strides, base_anchors=np.broadcast_to(base_anchors, [len(sizes), 3, 4])
+            ),
+            np.float32(valid_cells),
+            *[np.zeros((len(valid_cells), *size, 1), np.float32) for size in sizes],
         )
     )
 
 
-def test_anchors_lie_on_the_corners_of_the_cells():
-    anchors = level_anchors(3, 4, [[3, 4], [2, 3]])
+@pytest.mark.parametrize("strides", [[[8], [20]], [[8, 6, 8, 6], [20, 18, 20, 18]]])
+def test_anchors_lie_on_the_corners_of_the_cells(strides):
+    """Of two levels, with a stride for both directions or for each; the second image has padding."""
+    bases = np.stack([BASE_ANCHORS, 2 * BASE_ANCHORS])
+    sizes, valid_cells = [(3, 4), (1, 2)], [[(3, 4), (1, 2)], [(2, 3), (1, 1)]]
+    anchors = make_anchors(sizes, valid_cells, strides=np.array(strides), base_anchors=bases)
     expected, is_valid = [], []
-    for row in range(3):
-        for column in range(4):
-            for x1, y1, x2, y2 in BASE_ANCHORS:
-                expected.append([8 * column + x1, 8 * row + y1, 8 * column + x2, 8 * row + y2])
-                is_valid.append([True, row < 2 and column < 3])
+    for level, (height, width) in enumerate(sizes):
+        x_stride, y_stride = strides[level][0], strides[level][-1 if len(strides[level]) == 1 else 1]
+        for row, column in np.ndindex(height, width):
+            for x1, y1, x2, y2 in bases[level]:
+                x, y = x_stride * column, y_stride * row
+                expected.append([x + x1, y + y1, x + x2, y + y2])
+                is_valid.append([row < rows and column < columns for rows, columns in np.array(valid_cells)[:, level]])
     np.testing.assert_allclose(anchors.boxes, expected, rtol=1e-6)
     np.testing.assert_array_equal(anchors.is_valid.T, is_valid)
+    assert anchors.sizes == [3 * 4 * 3, 1 * 2 * 3]
 
 
 def test_identity_of_an_anchor_is_its_own_whatever_the_size_of_the_map():
-    small, large = ([level_anchors(*size, [size], level=level) for level in range(5)] for size in ((2, 3), (4, 5)))
-    every = np.concatenate([level.identity for level in large])
-    assert len(np.unique(every)) == len(every) == 5 * 4 * 5 * 3
-    for of_small, of_large in zip(small, large):
-        known = {tuple(box): identity for box, identity in zip(of_large.boxes, of_large.identity)}
-        assert [known[tuple(box)] for box in of_small.boxes] == of_small.identity.tolist()
+    small, large = (make_anchors([size] * 5, [[size] * 5], strides=np.full([5, 1], 8)) for size in ((2, 3), (4, 5)))
+    assert len(np.unique(large.identity)) == len(large.identity) == 5 * 4 * 5 * 3
+    boxes, identities = (x.reshape(5, 4 * 5 * 3, -1) for x in (large.boxes, large.identity))
+    known = [{tuple(box): i for box, (i,) in zip(*of_level)} for of_level in zip(boxes, identities)]
+    levels = np.repeat(range(5), 2 * 3 * 3)
+    assert [known[level][tuple(box)] for level, box in zip(levels, small.boxes)] == small.identity.tolist()
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -142,9 +153,10 @@ def grid_anchors(rows, columns, stride=8):
 
 
 @pytest.mark.parametrize("crowd_overlap", [1.0, 0.6])
-@pytest.mark.parametrize("snap", [1, 4])
-def test_targets_equal_the_rules(snap, crowd_overlap):
+@pytest.mark.parametrize(("snap", "at_a_time"), [(1, 32), (4, 32), (4, 4)])
+def test_targets_equal_the_rules(snap, at_a_time, crowd_overlap, monkeypatch):
     """Boxes on a coarse grid (`snap`) tie. The last image has no objects, the one before it nothing but crowds."""
+    monkeypatch.setattr(rpn, "OBJECTS", at_a_time)
     rng = np.random.default_rng(1)
     anchors = grid_anchors(9, 11)
     images = 14
@@ -352,14 +364,15 @@ OPTIONS = dict(pre_nms_topk=20, post_nms_topk=20, nms_threshold=0.5, min_size=0.
 
 
 def propose(logits, deltas, boxes, is_valid, image_shape, **options):
-    groups = len(logits)
+    """Of groups: each argument but the last is a list of arrays."""
+    groups = [x.shape[1] for x in logits]
 
-    def build(image_shape, *arrays):
-        logits, deltas, boxes, is_valid = (arrays[i * groups : (i + 1) * groups] for i in range(4))
-        anchors = [rpn.Anchors(box, None, valid) for box, valid in zip(boxes, is_valid)]
-        return rpn.propose(list(logits), list(deltas), anchors, image_shape, **{**OPTIONS, **options})
+    def build(image_shape, logits, deltas, boxes, is_valid):
+        anchors = rpn.Anchors(boxes, None, is_valid, groups)
+        return rpn.propose(logits, deltas, anchors, image_shape, groups=groups, **{**OPTIONS, **options})
 
-    return evaluate(build, np.int32(image_shape), *logits, *deltas, *boxes, *is_valid)
+    joined = [np.concatenate(x, axis=axis) for x, axis in zip((logits, deltas, boxes, is_valid), (1, 1, 0, 1))]
+    return evaluate(build, np.int32(image_shape), *joined)
 
 
 def slow_proposals(
@@ -446,8 +459,8 @@ def test_no_valid_anchor_makes_no_proposal():
 
 def test_proposals_carry_no_gradient():
     def build(logits, deltas, boxes):
-        anchors = rpn.Anchors(boxes, None, tf.ones_like(logits, tf.bool))
-        proposals = rpn.propose([logits], [deltas], [anchors], tf.constant([[50, 50]]), **OPTIONS)
+        anchors = rpn.Anchors(boxes, None, tf.ones_like(logits, tf.bool), [1])
+        proposals = rpn.propose(logits, deltas, anchors, tf.constant([[50, 50]]), groups=[1], **OPTIONS)
         assert tf.gradients([proposals.boxes, proposals.logits], [logits, deltas]) == [None, None]
         return proposals.is_valid
 
@@ -459,7 +472,7 @@ def test_proposals_of_low_logits_keep_their_rank():
     boxes = np.array([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]]], np.float32)
     logits = np.array([[-5, -6, -7, -200]], np.float32)
     found_boxes, found_logits, is_valid = evaluate(
-        lambda boxes, logits: rpn._suppress_and_rank([boxes], [logits], nms_threshold=0.5, keep=4), boxes, logits
+        lambda boxes, logits: rpn._suppress_and_rank(boxes, logits, groups=1, nms_threshold=0.5, keep=4), boxes, logits
     )
     assert found_boxes.tolist() == [[[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50], [0, 0, 0, 0]]]
     assert found_logits[0, :3].tolist() == [-5, -7, -200]

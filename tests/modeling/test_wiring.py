@@ -12,7 +12,7 @@ from graphs import SMALL, configure
 from tensorpack.compat import tfv1
 from tensorpack.tfutils.tower import TowerContext
 
-from modeling import box_head, box_ops, cascade, mask_head, rcnn, rpn
+from modeling import box_head, box_ops, cascade, mask_head, rcnn, roi_align, rpn
 
 DISTINCT = [
     *("RPN.POSITIVE_ANCHOR_THRESH=0.71", "RPN.NEGATIVE_ANCHOR_THRESH=0.31", "RPN.CROWD_OVERLAP_THRESH=0.91"),
@@ -36,8 +36,9 @@ DISTINCT = [
     *("TEST.SOFT_NMS=linear", "TEST.SOFT_NMS_SIGMA=0.35", "PREPROC.MAX_SIZE=1001"),
 ]
 PARTS = {
-    rpn: ["rpn_head", "rpn_head_at", "level_anchors", "anchor_targets", "rpn_losses", "propose"],
-    box_ops: ["sample", "decode", "multilevel_roi_align"],
+    rpn: ["rpn_head", "rpn_head_at", "make_anchors", "anchor_targets", "rpn_losses", "propose"],
+    box_ops: ["sample", "decode"],
+    roi_align: ["roi_align"],
     box_head: ["sample_rois", "label_rois", "box_losses", "detect", "box_outputs"],
     cascade: ["cascade", "scale_gradient"],
     mask_head: ["mask_head"],
@@ -82,7 +83,8 @@ def test_settings_of_the_rpn():
     assert options_of(calls, "rpn_losses", "batch_per_image") == [(61,)]
     assert options_of(calls, "rpn_head", "channels", "num_anchors")[0] == (16, 3)
     assert options_of(calls, "rpn_head_at", "channels", "num_anchors") == [(16, 3)]
-    assert options_of(calls, "level_anchors", "stride", "level") == [(4 * 2**i, i) for i in range(5)]
+    ((strides,),) = options_of(calls, "make_anchors", "strides")
+    assert strides.tolist() == [[4], [8], [16], [32], [64]]
 
 
 def test_settings_of_the_heads_in_training():
@@ -94,7 +96,7 @@ def test_settings_of_the_heads_in_training():
     assert options_of(calls, "box_outputs", "num_classes", "class_agnostic") == [(5, False)]
     masks = options_of(calls, "mask_head", "num_convs", "channels", "num_classes", "norm")
     assert masks == [(4, 16, 5, "None")]
-    assert [options["resolution"] for _, options in calls["multilevel_roi_align"]] == [7, 14]
+    assert options_of(calls, "roi_align", "resolution") == [(7,)] * 4 + [(14,)] * 4  # each on four levels
 
 
 LEVEL, JOINT, C4 = [], ["FPN.PROPOSAL_MODE=Joint"], ["MODE_FPN=False"]
@@ -112,8 +114,8 @@ def test_settings_of_the_proposals(overrides, training, groups, before, after):
     calls = build(*overrides, training=training)
     keywords = "pre_nms_topk", "post_nms_topk", "nms_threshold", "min_size"
     assert options_of(calls, "propose", *keywords) == [(before, after, 0.66, 0.6)]
-    ((logits, deltas, anchors, _), _) = calls["propose"][0]
-    assert len(logits) == len(deltas) == len(anchors) == groups
+    ((_, options),) = calls["propose"]
+    assert len(options["groups"]) == groups
 
 
 @pytest.mark.parametrize(
@@ -151,8 +153,9 @@ def test_a_cascade_samples_its_first_stage_at_the_threshold_of_a_single_one():
 def test_settings_of_c4():
     calls = build("MODE_FPN=False", training=True)
     assert options_of(calls, "rpn_head_at", "channels", "num_anchors") == [(24, 15)]
-    assert options_of(calls, "level_anchors", "stride", "level") == [(16, 0)]
-    assert [options["resolution"] for _, options in calls["multilevel_roi_align"]] == [14]
+    ((strides,),) = options_of(calls, "make_anchors", "strides")
+    assert strides.tolist() == [[16]]
+    assert options_of(calls, "roi_align", "resolution") == [(14,)]
     assert options_of(calls, "mask_head", "num_convs", "norm") == [(0, "None")]
 
 
@@ -162,9 +165,9 @@ def test_settings_of_c4():
 )
 def test_conventions(conventions, half_pixel, adaptive, norm_first):
     calls = build(f"CONVENTIONS={conventions}", training=False)
-    assert set(options_of(calls, "multilevel_roi_align", "half_pixel", "adaptive")) == {(half_pixel, adaptive)}
+    assert set(options_of(calls, "roi_align", "half_pixel", "adaptive")) == {(half_pixel, adaptive)}
     assert options_of(calls, "mask_head", "norm_first") == [(norm_first,)]
-    bases = [options["base_anchors"] for _, options in calls["level_anchors"]]
+    bases = [options["base_anchors"] for _, options in calls["make_anchors"]]
     is_rounded = all((base == np.round(base)).all() for base in bases)
     assert is_rounded is (conventions == "torchvision")
 

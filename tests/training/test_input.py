@@ -9,10 +9,12 @@ import tensorflow as tf
 from processes import PATIENCE
 from tensorpack.compat import tfv1
 from tensorpack.dataflow import DataFlowTerminated
+from tensorpack.input_source import StagingInput
 from tensorpack.tfutils.tower import TrainTowerContext
 
+from modeling import device
 from training import input
-from training.input import Batches, TimedQueueInput
+from training.input import Batches, TimedQueueInput, make_input
 
 
 def test_batches_keep_the_error_that_ended_them():
@@ -107,3 +109,10 @@ def test_the_queue_holds_eight_batches_and_measures_the_wait():
         assert "input_wanted" in [op.name for op in tensors[0].op.control_inputs]
         there = session.graph.get_operation_by_name("input_there")
         assert {op.name for op in there.control_inputs} >= {tensor.op.name for tensor in tensors}
+
+
+def test_a_gpu_gets_its_batch_ahead():
+    signature = [tf.TensorSpec([None], tf.float32, "a")]
+    for gpu in (False, True):
+        with tf.Graph().as_default(), device.building_for(gpu=gpu):
+            assert isinstance(make_input(Batches([], ["a"]), signature), StagingInput) == gpu

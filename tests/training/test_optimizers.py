@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
+from modeling import device
 from training import optimizers
 
 
@@ -39,14 +40,44 @@ def test_the_constants_of_loss_scaling_are_keras_s():
     assert standard["dynamic_growth_steps"].default == optimizers.SCALE_PATIENCE
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_squares_of_many_tensors_are_summed(gpu):
+    with tf.Graph().as_default(), tfv1.Session() as session, device.building_for(gpu=gpu):
+        total = session.run(optimizers.sum_of_squares([tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([5.0])]))
+    assert total == 55
+
+
+def test_weight_decay_adds_its_share_of_each_kernel_alone():
+    """The gradients of 0.1 / 2 times the sum of the squares of the kernels W; those of biases and norms have none."""
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        names = ("conv0/W", "tower1/fc/W", "conv0/b", "conv0/bn/gamma", "W", "conv0/Wide", "unused/W")
+        variables = {name: tfv1.get_variable(name, initializer=[2.0, -4.0]) for name in names}
+        loss = tf.reduce_sum(3.0 * tf.add_n(list(variables.values())[:-1]))
+        optimizer = optimizers.Decayed(tfv1.train.GradientDescentOptimizer(1.0), 0.1)
+        pairs = optimizer.compute_gradients(loss, list(variables.values()))
+        session.run(tfv1.global_variables_initializer())
+        found = {v.op.name: None if g is None else session.run(g).round(5).tolist() for g, v in pairs}
+    plain, decayed = [3.0, 3.0], [3.2, 2.6]
+    assert found["unused/W"] is None
+    assert {name for name, gradient in found.items() if gradient == plain} == {
+        "conv0/b",
+        "conv0/bn/gamma",
+        "conv0/Wide",
+    }
+    assert all(np.allclose(found[name], decayed) for name in ("conv0/W", "tower1/fc/W", "W"))
+
+
 @pytest.mark.parametrize("is_scaled", [False, True])
 def test_the_gradient_s_norm_is_measured_once_over_all_variables(is_scaled):
     with tf.Graph().as_default(), tfv1.Session() as session:
         variables = [tfv1.get_variable(f"tower{i}/x", [2], initializer=tf.zeros_initializer()) for i in range(2)]
         fed = [tfv1.placeholder(tf.float32, [2]) for _ in range(2)]
         model = SimpleNamespace(gradient_norm=None)
-        optimizer = tfv1.train.GradientDescentOptimizer(1.0)
-        optimizer = optimizers.Measured(optimizers.LossScaled(optimizer) if is_scaled else optimizer, model)
+        optimizer, forgive = tfv1.train.GradientDescentOptimizer(1.0), tf.identity
+        if is_scaled:
+            optimizer = optimizers.LossScaled(optimizer)
+            forgive = optimizer.forgive
+        optimizer = optimizers.Measured(optimizer, model, forgive=forgive)
         loss = tf.reduce_sum(variables[0] * fed[0]) + tf.reduce_sum(variables[1] * fed[1])
         gradients = optimizer.compute_gradients(loss, var_list=[*variables])
         step = optimizer.apply_gradients(gradients)

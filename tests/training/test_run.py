@@ -262,7 +262,7 @@ def test_a_training_closes_its_data_and_ends_the_watch(monkeypatch, tmp_path, er
     monkeypatch.setattr(run, "find_snapshot", lambda *_: snapshot)
     monkeypatch.setattr(run, "TrainConfig", lambda **options: configs.append(options))
     monkeypatch.setattr(run, "check_end", lambda *args, **_: events.append(args[:2]))
-    monkeypatch.setattr(run, "TimedQueueInput", lambda *_: None)
+    monkeypatch.setattr(run, "make_input", lambda *_: None)
 
     def launch(*_):
         if error:

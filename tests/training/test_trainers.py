@@ -57,13 +57,15 @@ def test_sync_bn_over_towers_is_batch_norm_over_the_joined_batch():
     options = tfv1.ConfigProto(device_count={"CPU": 2}, allow_soft_placement=True)
     with tf.Graph().as_default(), tfv1.Session(config=options) as session:
         for i, (part, weight) in enumerate(zip(parts, weights)):
-            with TrainTowerContext(f"tower{i}", vs_name=f"tower{i}" if i else "", index=i, total=2):
+            context = TrainTowerContext(f"tower{i}", vs_name=f"tower{i}" if i else "", index=i, total=2)
+            with tf.device(f"/gpu:{i}"), context:  # as tensorpack builds towers, also where there is no GPU
                 x = tf.constant(part)
                 y = batch_norm("bn", x)
                 variables = [v for v in tfv1.global_variables() if v.op.name.startswith("tower1/") == (i == 1)]
                 outputs.append(y)
                 gamma, beta = variables[:2]
-                gradients.append(tf.gradients(tf.reduce_sum(y * weight), [x, gamma, beta]))
+                loss = tf.reduce_sum(y * weight)
+                gradients.append(tfv1.gradients(loss, [x, gamma, beta], colocate_gradients_with_ops=True))
                 averages.append(variables[2:])
         updates = tfv1.get_collection(tfv1.GraphKeys.UPDATE_OPS)
         session.run(tfv1.global_variables_initializer())

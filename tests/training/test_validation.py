@@ -41,11 +41,17 @@ class OneVariable(ModelDesc):
 
 
 class Inference:
-    """Stands in for the graph of the model: `bind` gives a perfect network."""
+    """Stands in for the graph of the model: `bind` gives a perfect network. It counts the updates of its weights."""
+
+    updates = 0
 
     def __init__(self, dataset):
         assert tf.get_default_graph().get_collection(tf.GraphKeys.GLOBAL_VARIABLES)  # made beside the training's
         self._dataset = dataset
+
+    def update(self, session):
+        assert session is not None
+        self.updates += 1
 
     def bind(self, session):
         (variable,) = session.graph.get_collection(tf.GraphKeys.TRAINABLE_VARIABLES)
@@ -99,12 +105,15 @@ def test_callback(dataset, tmp_path, period, steps):
     assert ap == [(step, pytest.approx(1)) for step in steps]
     assert offers == [("rectangles-mAP(segm)/IoU=0.5:0.95", pytest.approx(1))] * len(steps)
     assert len(batches) >= len(steps)
+    assert callback._inference.updates == len(steps)
     # There are no medium or large objects: nothing is reported of them.
     assert len(recorder.scalars) == 8 * len(steps) and not any(math.isnan(value) for _, _, value in recorder.scalars)
 
 
 class FakeTrainer:
     """What the callback needs of a trainer."""
+
+    sess = None
 
     def __init__(self):
         self.global_step, self.max_epoch = 12, 3
@@ -129,6 +138,7 @@ def callback(dataset, tmp_path, monkeypatch):
         offer=lambda *offer: offers.append(offer),
     )
     callback.trainer, callback.offers, callback._network = FakeTrainer(), offers, perfect(dataset)
+    callback._inference = SimpleNamespace(update=lambda session: None)
     return callback
 
 
