@@ -108,10 +108,8 @@ def gather(values, index):
     def gradient(dy):
         n, count, *rest = shape_list(values)
         first = tf.cast(tf.range(n) * count, tf.int64)[:, None]
-        rows = tf.reshape(dy, [-1, *rest])
-        return tf.reshape(
-            _sum_rows(rows, tf.reshape(index + first, [-1]), n * count, values.dtype), tf.shape(values)
-        ), None
+        rows, places = tf.reshape(dy, [-1, *rest]), tf.reshape(index + first, [-1])
+        return tf.reshape(_sum_rows(rows, places, n * count, values.dtype), tf.shape(values)), None
 
     return tf.gather(values, index, batch_dims=1), gradient
 

@@ -18,6 +18,7 @@ from .layers import shape_list
 NO_SCORE = -1.0  # score of boxes that are not candidates
 ROUNDS = 8  # of `_greedy` between two looks at whether it has settled
 TILE = 1000  # candidates that `_detect_in_tiles` takes at a time
+FLAG = tf.bfloat16  # dtype of matrices of 0 and 1: their products count from zero, and need only differ from it
 
 
 def suppress(boxes, is_candidate, *, iou_threshold, max_output):
@@ -101,7 +102,7 @@ def _strips(sides, iou_threshold, countdown, *, count, class_index=None):
     Returns:
         list of matrices of 0 and 1, [B, rows, columns]: each row is a box, each column one that may suppress it
     """
-    size, dtype = tf.shape(sides)[2], _dtype()
+    size = tf.shape(sides)[2]
     bounds = [None, *(size * i // count for i in range(1, count)), None]
     strips = []
     for start, end in zip(bounds, bounds[1:]):
@@ -109,13 +110,8 @@ def _strips(sides, iou_threshold, countdown, *, count, class_index=None):
         may_suppress &= tf.expand_dims(countdown[start:end], 1) < countdown[:end]
         if class_index is not None:
             may_suppress &= _same(class_index[:, start:end], class_index[:, :end])
-        strips.append(tf.cast(may_suppress, dtype))
+        strips.append(tf.cast(may_suppress, FLAG))
     return strips
-
-
-def _dtype():
-    """The dtype of matrices of 0 and 1, whose products are counts of zero or more: exact enough in any."""
-    return tf.bfloat16 if device.is_gpu() else tf.float32
 
 
 def _greedy(strips, is_candidate, is_kept):
@@ -129,7 +125,7 @@ def _greedy(strips, is_candidate, is_kept):
     Returns:
         is_kept bool [B, A]; is_settled bool [B], whether the problem is solved
     """
-    candidate, kept = _as_rows(tf.cast(is_candidate, _dtype()), tf.cast(is_kept, _dtype()))
+    candidate, kept = _as_rows(tf.cast(is_candidate, FLAG), tf.cast(is_kept, FLAG))
     ends = [tf.shape(strip)[2] for strip in strips[:-1]]
     for _ in range(ROUNDS):
         last = kept

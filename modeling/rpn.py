@@ -81,6 +81,11 @@ def rpn_head_at(features, index, *, channels, num_anchors):
     return tf.reshape(logits, tf.shape(index)), tf.reshape(deltas, [*shape_list(index), 4])
 
 
+def _sizes(features):
+    """Returns the heights and the widths of L maps [N, H, W, C]: int32 [L], [L]."""
+    return tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
+
+
 def _patches(features, cell):
     """Returns the 3x3 cells around each of the given cells, zero outside their map.
 
@@ -90,7 +95,7 @@ def _patches(features, cell):
         [N, S, 3, 3, C]
     """
     n, _, _, channels = shape_list(features[0])
-    heights, widths = tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
+    heights, widths = _sizes(features)
     first = tf.cumsum(heights * widths, exclusive=True)
     height, width, first = (tf.cast(x, tf.int64)[:, None, None] for x in (heights, widths, first))
     cell -= first  # [L, N, S], of each level
@@ -116,7 +121,7 @@ def make_anchors(features, valid_cells, *, strides, base_anchors):
         base_anchors: NumPy float32 [L, K, 4], centred on (0, 0)
     """
     kinds = base_anchors.shape[1]
-    heights, widths = tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
+    heights, widths = _sizes(features)
     ends = tf.cast(tf.cumsum(heights * widths), tf.int64)
     cell = _count_up(tf.reduce_sum(heights * widths))
     level = tf.reduce_sum(tf.cast(cell >= ends[:-1, None], tf.int64), axis=0)
