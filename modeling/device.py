@@ -2,11 +2,18 @@
 
 import contextlib
 import contextvars
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow as tf
+
+from config import ConfigError
+
+# TensorFlow opens the GPUs for the first loop of a graph, and would take all of their memory: no session's options
+# exist yet that could tell it to take memory as needed.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 _is_gpu = contextvars.ContextVar("is_gpu", default=None)
 
@@ -20,6 +27,19 @@ def is_gpu() -> bool:
 def runs_on_gpu() -> bool:
     """Whether the graph may contain ops that only GPUs have: not under `building_for`, whose graphs run anywhere."""
     return _is_gpu.get() is None and _has_gpu()
+
+
+def use_gpu(index: int) -> None:
+    """Makes this process open one GPU alone, if the machine has any; to be called before a graph is built.
+
+    Raises:
+        ConfigError: there is no GPU of this index.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    if index >= len(gpus) > 0:
+        raise ConfigError(f"process {index + 1} of this machine needs a GPU of its own, and there are {len(gpus)}")
+    if gpus:
+        tf.config.set_visible_devices(gpus[index], "GPU")
 
 
 def emulates_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

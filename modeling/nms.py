@@ -21,11 +21,13 @@ TILE = 1000  # candidates that `_detect_in_tiles` takes at a time
 FLAG = tf.bfloat16  # dtype of matrices of 0 and 1: their products count from zero, and need only differ from it
 
 
-def suppress(boxes, is_candidate, *, iou_threshold, max_output):
+def suppress(boxes, is_candidate, *, iou_threshold, max_output, strips=2):
     """Suppresses boxes of one class that are sorted, best first.
 
     Args:
         boxes: float32 [B, A, 4]. is_candidate: bool [B, A]. max_output: integer or int32 scalar, A at most.
+        strips: of the matrix of pairs, for a GPU. Of S strips, a share of (S + 1) / 2S of the matrix is computed; each
+            has launches of its own.
     Returns:
         index int64 [B, max_output] into A, ascending, 0 where not valid; is_valid bool [B, max_output]
     """
@@ -33,7 +35,7 @@ def suppress(boxes, is_candidate, *, iou_threshold, max_output):
     countdown = _countdown(tf.shape(boxes)[1])
     if not device.is_gpu():
         return _suppress_on_cpu(boxes, is_candidate, countdown, iou_threshold, max_output)
-    overlaps = _strips(_sides(boxes), iou_threshold, countdown, count=2)
+    overlaps = _strips(_sides(boxes), iou_threshold, countdown, count=strips)
     is_kept, is_settled = _greedy(overlaps, is_candidate, is_candidate)
     is_kept, _ = tf.while_loop(
         lambda _, is_settled: ~tf.reduce_all(is_settled),
@@ -71,8 +73,9 @@ def _sides(boxes):
 def _overlaps(sides, others, iou_threshold):
     """Whether the IoU of boxes exceeds the threshold: `_sides` [B, 5, A] and [B, 5, K] -> bool [B, A, K].
 
-    Computes the same bits as `box_ops.pairwise_iou`, in fewer passes: with the union of two empty boxes, 0 / 0 is NaN,
-    which exceeds nothing; one side's clipping at 0 keeps the product of two negative sides from counting.
+    The threshold is a number, or float32 [A, K]. The result has the bits of `box_ops.pairwise_iou`, in fewer passes:
+    with the union of two empty boxes, 0 / 0 is NaN, which exceeds nothing; one side's clipping at 0 keeps the product
+    of two negative sides from counting.
     """
     x1, y1, x2, y2, area = _as_rows(*tf.unstack(sides, axis=1))
     other_x1, other_y1, other_x2, other_y2, other_area = _as_columns(*tf.unstack(others, axis=1))
@@ -106,12 +109,18 @@ def _strips(sides, iou_threshold, countdown, *, count, class_index=None):
     bounds = [None, *(size * i // count for i in range(1, count)), None]
     strips = []
     for start, end in zip(bounds, bounds[1:]):
-        may_suppress = _overlaps(sides[:, :, start:end], sides[:, :, :end], iou_threshold)
-        may_suppress &= tf.expand_dims(countdown[start:end], 1) < countdown[:end]
+        is_before = tf.expand_dims(_part(countdown, start, end), 1) < _part(countdown, None, end)
+        threshold = tf.where(is_before, iou_threshold, float("inf"))  # spares a pass over all problems' pairs
+        may_suppress = _overlaps(_part(sides, start, end), _part(sides, None, end), threshold)
         if class_index is not None:
-            may_suppress &= _same(class_index[:, start:end], class_index[:, :end])
+            may_suppress &= _same(_part(class_index, start, end), _part(class_index, None, end))
         strips.append(tf.cast(may_suppress, FLAG))
     return strips
+
+
+def _part(x, start, end):
+    """Returns x[..., start:end]; of the whole, an indexing is a launch, this none."""
+    return x if start is None and end is None else x[..., start:end]
 
 
 def _greedy(strips, is_candidate, is_kept):

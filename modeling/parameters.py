@@ -177,10 +177,19 @@ def packed(build: Callable[[], Any]) -> Any:
     with _answering(record), tf.name_scope("parameters"), _collecting_variables_only():
         build()
     with tf.name_scope("parameters"):
-        answers = dict(zip(requests, _fold(list(requests.values()))))
+        answers = dict(zip(requests, map(_without_gradient_if_frozen, requests.values(), _fold([*requests.values()]))))
     scope = tfv1.variable_scope(tfv1.get_variable_scope(), reuse=True, auxiliary_name_scope=False)
     with _answering(lambda _: answers[tfv1.get_variable_scope().name]), scope:
         return build()
+
+
+def _without_gradient_if_frozen(request, answer):
+    """Stops the gradients of a frozen layer's kernel and bias: as parts of one tensor, all would get them."""
+    kernel, bias, norm = request.parameters
+    variables = [kernel, bias] if norm is None else [kernel, norm.gamma, norm.beta]
+    if any(getattr(x, "trainable", True) for x in variables if x is not None):  # a tensor comes from a variable
+        return answer
+    return tuple(x if x is None else tf.stop_gradient(x) for x in answer)
 
 
 @contextlib.contextmanager

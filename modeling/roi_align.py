@@ -4,6 +4,7 @@ Shapes: N images, H and W of a map, C channels, R RoIs of all images, L levels.
 boxes: float32 [R, 4], x1 y1 x2 y2 in pixels. image_index: int32 [R], the image of each RoI.
 """
 
+import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -19,6 +20,13 @@ def extend_border(features):
     return tf.pad(features, [[0, 0], [1, 1], [1, 1], [0, 0]], mode="SYMMETRIC")
 
 
+class Window(NamedTuple):
+    """Where in an atlas the maps of RoIs lie, with their borders."""
+
+    corner: tf.Tensor  # float32 [R, 4], left and top, twice
+    size: tf.Tensor  # float32 [R, 2], height and width
+
+
 def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=True, adaptive=False, window=None):
     """Applies RoIAlign: the mean of bilinear samples in each cell.
 
@@ -28,7 +36,7 @@ def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=T
         half_pixel: False is torchvision's `aligned=False`, as in the first RoIAlign: pixel centres lie at + 0, and RoIs
             narrower than a pixel of the map are widened to one
         adaptive: take as many samples along a side of a cell as it has pixels, rounded up, instead of two
-        window: float32 [R, 4], left, top, width and height of each RoI's map in the atlas
+        window: Window of each RoI's map in the atlas
     Returns:
         float32 [R, resolution, resolution, C]. No gradient flows into the boxes.
     """
@@ -37,7 +45,7 @@ def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=T
     if not half_pixel:
         top_left, bottom_right = tf.split(boxes, 2, axis=1)
         boxes = tf.concat([top_left, tf.maximum(bottom_right, top_left + 1.0)], axis=1)
-    in_atlas = boxes if window is None else boxes + tf.tile(window[:, :2], [1, 2])
+    in_atlas = boxes if window is None else boxes + window.corner
     if adaptive:
         sizes = boxes[:, 2:] - boxes[:, :2]
         return _adaptive_roi_align(
@@ -45,18 +53,37 @@ def roi_align(extended_features, boxes, image_index, *, resolution, half_pixel=T
         )
     if extended_features.shape[-1] >= MANY_CHANNELS:
         return _lean_roi_align(extended_features, in_atlas, image_index, resolution=resolution, offset=offset)
-    samples = 2 * resolution
-    grid = _sample_grid(extended_features, in_atlas, image_index, samples, samples, offset=offset)
+    if not device.is_gpu():
+        return _mean_2x2(
+            _sample_grid(extended_features, in_atlas, image_index, 2 * resolution, 2 * resolution, offset=offset)
+        )
+    # Four crops are summed faster than one of four times the size is pooled.
+    moved = tf.reshape(_moved_by_quarters(in_atlas, resolution), [-1, 4])
+    indices = tf.tile(tf.cast(image_index, tf.float32)[:, None], [1, 4])  # the tiles of int32 are the host's
+    indices = tf.cast(tf.reshape(indices, [-1]), tf.int32)
+    samples = _sample_grid(extended_features, moved, indices, resolution, resolution, offset=offset)
     if window is not None and not half_pixel:  # the widened RoIs may reach beyond their map
-        grid *= _is_inside(boxes, window, samples)
-    return _mean_2x2(grid)
+        moved = tf.reshape(_moved_by_quarters(boxes, resolution), [-1, 4])
+        sizes = tf.reshape(tf.tile(window.size, [1, 4]), [-1, 2])
+        samples *= _is_inside(moved, sizes, resolution)
+    return _mean_of_four(samples)
 
 
-def _is_inside(boxes, window, samples):
-    """Returns 1 for samples of boxes [R, 4] that lie in a map of the window's size, 0 for others: [R, S, S, 1]."""
+def _moved_by_quarters(boxes, resolution):
+    """Moves boxes [R, 4] by a quarter of a cell in each diagonal direction: [R, 4, 4].
+
+    Their cells' centres are the 2x2 samples of each cell of `boxes`.
+    """
+    quarter = tf.tile((boxes[:, 2:] - boxes[:, :2]) / (4.0 * resolution), [1, 2])
+    signs = tf.constant([[-1, -1, -1, -1], [1, -1, 1, -1], [-1, 1, -1, 1], [1, 1, 1, 1]], tf.float32)
+    return boxes[:, None] + quarter[:, None] * signs
+
+
+def _is_inside(boxes, size, samples):
+    """Returns 1 for samples of boxes [R, 4] within maps of height and width `size` [R, 2], else 0: [R, S, S, 1]."""
     share = (tf.range(samples, dtype=tf.float32) + 0.5) / samples
     x1, y1, x2, y2 = tf.split(boxes, 4, axis=1)
-    columns, rows = x1 + (x2 - x1) * share <= window[:, 2:3] - 1.0, y1 + (y2 - y1) * share <= window[:, 3:] - 1.0
+    rows, columns = y1 + (y2 - y1) * share <= size[:, :1] - 1.0, x1 + (x2 - x1) * share <= size[:, 1:] - 1.0
     return tf.cast(rows[:, :, None] & columns[:, None, :], tf.float32)[..., None]
 
 
@@ -65,10 +92,8 @@ def _lean_roi_align(features, boxes, image_index, *, resolution, offset):
 
     It takes one sample of each cell at a time, from RoIs shifted by a quarter of a cell.
     """
-    quarter = (boxes[:, 2:] - boxes[:, :2]) / (4.0 * resolution)
     total = tf.zeros([])
-    for signs in ((-1, -1), (1, -1), (-1, 1), (1, 1)):
-        moved = boxes + tf.tile(quarter * tf.constant(signs, tf.float32), [1, 2])
+    for moved in tf.unstack(_moved_by_quarters(boxes, resolution), axis=1):
         with tf.control_dependencies([total]):
             total += _sample_grid(features, moved, image_index, resolution, resolution, offset=offset)
     return total * 0.25
@@ -94,8 +119,9 @@ def _corners(features, boxes, rows, columns, *, offset):
     step = (bottom_right - top_left) / counts
     first = top_left + step * 0.5 - offset
     last = first + step * (counts - 1.0)
-    size = tf.cast(tf.reverse(tf.shape(features)[1:3] - 1, [0]), tf.float32)
-    return tf.gather(tf.concat([first / size, last / size], axis=1), [1, 0, 3, 2], axis=1)
+    height, width = tf.unstack(tf.shape(features)[1:3] - 1)
+    size = tf.cast(tf.stack([width, height, width, height]), tf.float32)
+    return tf.gather(tf.concat([first, last], axis=1) / size, [1, 0, 3, 2], axis=1)
 
 
 def _adaptive_roi_align(features, boxes, image_index, sizes, *, resolution, offset):
@@ -196,6 +222,18 @@ def _mean_2x2(x):
     return tf.nn.avg_pool2d(x, 2, 2, "VALID"), gradient
 
 
+@tf.custom_gradient
+def _mean_of_four(x):
+    """Averages each four adjacent items: [4 R, ...] -> [R, ...]. The gradient of `tf.reduce_mean` asks the host."""
+    fours = tf.reshape(x, [-1, 4, math.prod(x.shape[1:])])
+
+    def gradient(dy):
+        rows = tf.reshape(dy * 0.25, [-1, 1, fours.shape[2]])
+        return tf.reshape(tf.broadcast_to(rows, tf.shape(fours)), tf.shape(x))
+
+    return tf.reshape(tf.reduce_mean(fours, axis=1), [-1, *x.shape[1:]]), gradient
+
+
 class Pyramid:
     """The maps that RoIs pool from, each with its border (`extend_border`); a single map serves all RoIs.
 
@@ -204,16 +242,19 @@ class Pyramid:
     operation pools all RoIs; Detectron2's adaptive sampling waits once, and has one for each of its sample counts.
     """
 
-    def __init__(self, features, strides, *, half_pixel, adaptive):
+    def __init__(self, features, strides, *, half_pixel, adaptive, after=()):
         """
         Args:
             features: list of [N, H, W, C], finest first. strides: pixels per cell of each.
             half_pixel, adaptive: see `roi_align`
+            after: tensors that are to be computed before the atlas. What makes RoIs of proposals takes the host longer
+                to launch than a GPU to run; while the GPU makes the atlas, the host gets ahead.
         """
         self._strides, self._half_pixel, self._adaptive = strides, half_pixel, adaptive
         self._is_atlas = len(features) > 1 and device.is_gpu()
         if self._is_atlas:
-            maps = [extend_border(x) for x in features]
+            with tf.control_dependencies(after):
+                maps = [extend_border(x) for x in features]
             self._sizes = [tf.shape(x)[1:3] for x in maps]
             self._maps = [tf.cast(_join_maps(maps), tf.float32)]
         else:
@@ -244,8 +285,9 @@ class Pyramid:
         sizes = tf.cast(tf.stack(self._sizes), tf.float32)  # [L, 2], height and width with the border
         top = tf.concat([[0.0, 0.0], tf.cumsum(sizes[1:-1, 0])], axis=0)
         left = tf.concat([[0.0], tf.fill([len(self._strides) - 1], sizes[0, 1])], axis=0)
-        of_level = tf.concat([tf.constant(self._strides, tf.float32)[:, None], left[:, None], top[:, None], sizes], 1)
-        stride, left, top, height, width = tf.split(tf.gather(of_level, level), 5, axis=1)
+        corner = tf.stack([left, top, left, top], axis=1)
+        of_level = tf.concat([tf.constant(self._strides, tf.float32)[:, None], corner, sizes], axis=1)
+        stride, corner, size = tf.split(tf.gather(of_level, level), [1, 4, 2], axis=1)
         return roi_align(
             self._maps[0],
             boxes / stride,
@@ -253,7 +295,7 @@ class Pyramid:
             resolution=resolution,
             half_pixel=self._half_pixel,
             adaptive=self._adaptive,
-            window=tf.concat([left, top, width, height], axis=1),
+            window=Window(corner, size),
         )
 
 

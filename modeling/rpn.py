@@ -95,20 +95,38 @@ def _patches(features, cell):
         [N, S, 3, 3, C]
     """
     n, _, _, channels = shape_list(features[0])
-    heights, widths = _sizes(features)
-    first = tf.cumsum(heights * widths, exclusive=True)
-    height, width, first = (tf.cast(x, tf.int64)[:, None, None] for x in (heights, widths, first))
-    cell -= first  # [L, N, S], of each level
-    of_level = (cell >= 0) & (cell < height * width)
+    level, row, column, height, width = (x[..., None, None] for x in _locate(cell, features))
     around = tf.constant([-1, 0, 1], tf.int64)
-    rows = (cell // width)[..., None, None] + around[:, None]
-    columns = (cell % width)[..., None, None] + around
-    height, width = height[..., None, None], width[..., None, None]
-    inside = of_level[..., None, None] & (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    place = tf.reshape(tf.where(inside, rows * width + columns, 0), [len(features), n, -1])
-    cells = [box_ops.gather(tf.reshape(x, [n, -1, channels]), place[level]) for level, x in enumerate(features)]
-    cells = tf.reshape(tf.stack(cells), [len(features), n, -1, 3, 3, channels])
-    return tf.add_n(tf.unstack(tf.where(inside[..., None], cells, tf.zeros([], cells.dtype))))
+    rows, columns = row + around[:, None], column + around
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    place = tf.reshape(tf.where(inside, rows * width + columns, 0), [n, -1])
+    level = tf.reshape(tf.tile(level, [1, 1, 3, 3]), [n, -1])
+    cells = [
+        box_ops.gather(tf.reshape(x, [n, -1, channels]), tf.where(tf.equal(level, i), place, 0))
+        for i, x in enumerate(features)
+    ]
+    count = tf.size(level)
+    first = tf.reshape(level, [-1]) * tf.cast(count, tf.int64)
+    cells = box_ops.gather_rows(tf.reshape(tf.stack(cells), [-1, channels]), first + _count_up(count))
+    cells = tf.reshape(cells, [n, -1, 3, 3, channels])
+    return tf.where(inside[..., None], cells, tf.zeros([], cells.dtype))
+
+
+def _locate(cell, features):
+    """Returns level, row and column of cells that are counted over all levels, and the height and width of the level.
+
+    Args:
+        cell: int64 [...]. features: list of [N, H, W, C].
+    Returns:
+        five int64 [...]
+    """
+    heights, widths = _sizes(features)
+    ends = tf.cast(tf.cumsum(heights * widths), tf.int64)
+    is_above = cell >= tf.reshape(ends[:-1], [-1] + [1] * cell.shape.rank)
+    level = tf.reduce_sum(tf.cast(is_above, tf.int64), axis=0)
+    height, width, end = (tf.gather(tf.cast(x, tf.int64), level) for x in (heights, widths, ends))
+    place = cell - end + height * width
+    return level, place // width, place % width, height, width
 
 
 def make_anchors(features, valid_cells, *, strides, base_anchors):
@@ -122,11 +140,7 @@ def make_anchors(features, valid_cells, *, strides, base_anchors):
     """
     kinds = base_anchors.shape[1]
     heights, widths = _sizes(features)
-    ends = tf.cast(tf.cumsum(heights * widths), tf.int64)
-    cell = _count_up(tf.reduce_sum(heights * widths))
-    level = tf.reduce_sum(tf.cast(cell >= ends[:-1, None], tf.int64), axis=0)
-    width, end, size = (tf.gather(tf.cast(x, tf.int64), level) for x in (widths, ends, heights * widths))
-    row, column = (cell - end + size) // width, (cell - end + size) % width
+    level, row, column, *_ = _locate(_count_up(tf.reduce_sum(heights * widths)), features)
     identity = ((level * MAX_CELLS + row) * MAX_CELLS + column)[:, None] * kinds + np.arange(kinds)
     row_column = tf.cast(tf.stack([row, column], axis=1), tf.float32)
     center = tf.reverse(tf.tile(row_column, [1, 2]), [1]) * tf.gather(tf.cast(strides, tf.float32), level)
@@ -280,7 +294,10 @@ def propose(
     deltas, references = box_ops.gather(deltas, index), tf.gather(anchors.boxes, index)
     boxes = box_ops.clip(box_ops.decode(deltas, references, max_log_size=max_log_size), image_shape)
     logits = tf.where(box_ops.is_nonempty(boxes, min_size), logits, LOWEST)
-    return _suppress_and_rank(boxes, logits, groups=len(groups), nms_threshold=nms_threshold, keep=post_nms_topk)
+    strips = 4 if pre_nms_topk > 1000 else 2
+    return _suppress_and_rank(
+        boxes, logits, groups=len(groups), nms_threshold=nms_threshold, keep=post_nms_topk, strips=strips
+    )
 
 
 def _candidates(logits, groups, *, count):
@@ -296,7 +313,7 @@ def _candidates(logits, groups, *, count):
     return tf.reshape(logits, [n, -1]), tf.reshape(index, [n, -1])
 
 
-def _suppress_and_rank(boxes, logits, *, groups, nms_threshold, keep):
+def _suppress_and_rank(boxes, logits, *, groups, nms_threshold, keep, strips):
     """Applies NMS within each group, one problem per image and group, and selects the best over all groups.
 
     Args:
@@ -307,7 +324,7 @@ def _suppress_and_rank(boxes, logits, *, groups, nms_threshold, keep):
     boxes = tf.stop_gradient(tf.reshape(boxes, [n * groups, size, 4]))
     logits = tf.stop_gradient(tf.reshape(logits, [n * groups, size]))
     index, is_valid = nms.suppress(
-        boxes, logits > LOWEST, iou_threshold=nms_threshold, max_output=tf.minimum(keep, size)
+        boxes, logits > LOWEST, iou_threshold=nms_threshold, max_output=tf.minimum(keep, size), strips=strips
     )
     boxes, logits = (box_ops.gather(x, index) for x in (boxes, logits))
     logits = tf.reshape(tf.where(is_valid, logits, LOWEST), [n, -1])

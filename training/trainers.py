@@ -14,6 +14,7 @@ from tensorpack.train import HorovodTrainer, SyncMultiGPUTrainerReplicated
 from tensorpack.utils import logger
 
 from config import UserError
+from modeling import device
 
 GRADIENT_TOLERANCE = 0.01  # in units of the gradient's norm; the error of a wrong sum is of the order of 1
 
@@ -48,6 +49,7 @@ class RankTrainer(HorovodTrainer):
 
     def __init__(self, ranks):
         super().__init__(average=True)
+        device.use_gpu(self.hvd.local_rank())
         self._ranks = ranks
 
     def allreduce(self, grads):

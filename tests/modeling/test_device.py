@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from graphs import small_inference_graph, small_training_graph, training_batch
 
+from config import ConfigError
 from inference import graph
 from modeling import device
 
@@ -38,6 +39,19 @@ def test_a_graph_is_for_the_device_of_the_machine_unless_a_block_says_otherwise(
     assert device.is_gpu() == has_gpu
 
 
+def test_a_rank_opens_its_own_gpu_alone(monkeypatch):
+    opened, gpus = [], []
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus if kind == "GPU" else ["CPU"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda *arguments: opened.append(arguments))
+    device.use_gpu(1)
+    assert not opened  # without GPUs, all ranks use the CPU
+    gpus += ["first", "second"]
+    device.use_gpu(1)
+    assert opened == [("second", "GPU")]
+    with pytest.raises(ConfigError, match="process 3 .* there are 2"):
+        device.use_gpu(2)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_training_computes_the_same_losses_and_gradients(model):
     batch = training_batch(OBJECTS, multiple=1 if model == "C4" else 32)
@@ -46,8 +60,10 @@ def test_training_computes_the_same_losses_and_gradients(model):
     assert found[0].keys() == expected[0].keys() and found[1].keys() == expected[1].keys()
     for name, value in expected[0].items():
         np.testing.assert_allclose(found[0][name], value, rtol=2e-4, atol=1e-5, err_msg=name)
+    # Behind a GroupNorm some inputs of ReLUs are so close to 0 that rounding decides on their gradients.
+    tolerance = 0.02 if model == "GroupNorm" else 1e-4
     for name, value in expected[1].items():
-        np.testing.assert_allclose(found[1][name], value, rtol=0.01, atol=2e-3 * np.abs(value).max(), err_msg=name)
+        assert np.linalg.norm(found[1][name] - value) <= tolerance * np.linalg.norm(value), name
 
 
 @pytest.mark.parametrize("model", [*MODELS, "Soft-NMS"])
@@ -57,11 +73,15 @@ def test_inference_finds_the_same(model):
     of_cpu, of_gpu = (small_inference_graph(*overrides, gpu=gpu) for gpu in (False, FOR_GPU))
     expected, found = (graph.predict(batch["image"], batch["image_shape"]) for graph in (of_cpu, of_gpu))
     assert len(expected.scores) > 20
-    np.testing.assert_array_equal(found.labels, expected.labels)
-    np.testing.assert_array_equal(found.image_index, expected.image_index)
+    assert len(found.scores) == len(expected.scores)
+    kinds, expected_kinds = (np.stack([x.image_index, x.labels], axis=1) for x in (found, expected))
+    differs = np.any(expected_kinds[:, None] != kinds, axis=2)
+    distance = np.abs(expected.boxes[:, None] - found.boxes).max(axis=2) + 1e6 * differs
+    match = distance.argmin(axis=1)  # scores that differ by rounding alone may have changed places
+    assert sorted(match) == list(range(len(match))) and distance[range(len(match)), match].max() < 0.01
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.01)
-    np.testing.assert_allclose(found.masks, expected.masks, atol=1e-3)
+    np.testing.assert_allclose(found.scores[match], expected.scores, atol=1e-4)
+    np.testing.assert_allclose(found.masks[match], expected.masks, atol=1e-3)
 
 
 @pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="a GPU computes in bfloat16")

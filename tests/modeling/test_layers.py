@@ -321,3 +321,13 @@ def test_shape_list_has_integers_where_sizes_are_known():
         return n, height, width
 
     assert evaluate(build, MAP) == (2, 6, 5)
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float16, tf.bfloat16])
+def test_the_gradient_of_relu_of_any_dtype(dtype):
+    rng, largest = np.random.default_rng(4), 100 if dtype == tf.float16 else 1e30
+    y, dy = (rng.normal(size=2000) * rng.choice([1e-6, 1, largest], 2000) for _ in range(2))
+    y[::3] = 0
+    y, dy = (tf.cast(x, dtype).numpy() for x in (np.maximum(y, 0), dy))
+    found = evaluate(lambda dy, y: layers._relu_gradient(dy, y), dy, y)
+    np.testing.assert_array_equal(found.astype(float), np.where(y > 0, dy.astype(float), 0))

@@ -175,3 +175,23 @@ def test_packed_layers_have_the_gradients_of_single_ones(gpu):
             step[place] = 1e-4
             slope = (of(values | {name: values[name] + step}) - of(values | {name: values[name] - step})) / 2e-4
             assert found[name][place] == pytest.approx(slope, rel=1e-3, abs=1e-4), (name, place)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_frozen_layer_has_no_gradient(gpu):
+    """Its kernel and norm are packed with those of others: a step must not compute a gradient to throw it away."""
+
+    def build():
+        with tfv1.variable_scope("net", reuse=tfv1.AUTO_REUSE):
+            y = conv2d_norm("conv0", tf.ones([1, 4, 4, 2]), 2, 3, norm="FreezeBN", freeze={"W", "affine"})
+            y = conv2d_norm("conv1", y, 2, 3, norm="FreezeBN", freeze={"affine"})
+            return conv2d_norm("conv2", y, 2, 3, norm="FreezeBN")
+
+    with tf.Graph().as_default() as graph, device.building_for(gpu=gpu):
+        loss = tf.reduce_sum(parameters.packed(build))
+        gradients = tf.gradients(loss, tfv1.trainable_variables())
+        names = [tf.convert_to_tensor(x).op.name for x in gradients]
+        run = tfv1.graph_util.extract_sub_graph(graph.as_graph_def(), names)
+    assert len(names) == 2 + 2
+    types = [node.op for node in run.node]
+    assert types.count("Conv2DBackpropFilter") == 2 and types.count("Conv2DBackpropInput") == 1

@@ -472,7 +472,9 @@ def test_proposals_of_low_logits_keep_their_rank():
     boxes = np.array([[[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]]], np.float32)
     logits = np.array([[-5, -6, -7, -200]], np.float32)
     found_boxes, found_logits, is_valid = evaluate(
-        lambda boxes, logits: rpn._suppress_and_rank(boxes, logits, groups=1, nms_threshold=0.5, keep=4), boxes, logits
+        lambda boxes, logits: rpn._suppress_and_rank(boxes, logits, groups=1, nms_threshold=0.5, keep=4, strips=2),
+        boxes,
+        logits,
     )
     assert found_boxes.tolist() == [[[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50], [0, 0, 0, 0]]]
     assert found_logits[0, :3].tolist() == [-5, -7, -200]
