@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import re
 
 import helpers
 import numpy as np
@@ -178,3 +179,48 @@ def test_fitted_anchors_share_the_image_among_the_cells():
     found = helpers.evaluate(lambda *x: rcnn._fitted_distances(x, (4, 8, 16, 32, 64)), *maps)
     expected = [[160 // w, 96 // h, 160 // w, 96 // h] for h, w in ((24, 40), (12, 20), (6, 10), (3, 5), (2, 3))]
     np.testing.assert_array_equal(found, expected)
+
+
+def _he_fan_out(*shape):
+    return math.sqrt(2 / math.prod((*shape[:-2], shape[-1])))
+
+
+def _fan_in(*shape):
+    return math.sqrt(1 / math.prod(shape[:-1]))
+
+
+DEVIATIONS = {
+    r"(conv0|group\d/.*)/W": _he_fan_out,
+    r"fpn/.*/W": _fan_in,
+    r"rpn/(conv0|class|box)/W": lambda *_: 0.01,
+    r"(fast|cascade_)rcnn.*/conv\d/W": _he_fan_out,
+    r"(fast|cascade_)rcnn.*/fc\d?/W": _fan_in,
+    r"(fast|cascade_)rcnn.*/class/W": lambda *_: 0.01,
+    r"(fast|cascade_)rcnn.*/box/W": lambda *_: 0.001,
+    r"maskrcnn/(fcn\d|deconv)/W": _he_fan_out,
+    r"maskrcnn/conv/W": lambda *_: 0.001,
+    r".*/conv3/bn/gamma": lambda *_: 0.0,  # a block starts as its shortcut
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("MODE_FPN=True",),
+        ("MODE_FPN=True", "FPN.CASCADE=True", "FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_head"),
+        ("MODE_FPN=False", "RPN.ANCHOR_SIZES=[16,32,64]"),
+    ],
+)
+def test_spread_of_the_initial_kernels_of_each_part(overrides):
+    settings = configure(*SMALL, "BACKBONE.WIDTH=16", "FPN.NUM_CHANNEL=64", "MRCNN.HEAD_DIM=64", *overrides)
+    specs = rcnn.input_signature(settings, training=True)
+    with tf.Graph().as_default(), tfv1.Session() as session, TowerContext("", is_training=True):
+        tfv1.set_random_seed(5)
+        rcnn.build_training(settings, **{s.name: tfv1.placeholder(s.dtype, s.shape) for s in specs})
+        session.run(tfv1.global_variables_initializer())
+        values = session.run({v.op.name: v for v in tfv1.global_variables()})
+    kernels = {name: value for name, value in values.items() if re.search(r"/W$|conv3/bn/gamma$", name)}
+    assert len(kernels) > 20
+    for name, value in kernels.items():
+        (expected,) = {f(*value.shape) for pattern, f in DEVIATIONS.items() if re.fullmatch(pattern, name)}
+        assert np.sqrt(np.mean(value.astype(float) ** 2)) == pytest.approx(expected, rel=0.2), name
