@@ -103,7 +103,7 @@ def _losses(settings, image, image_shape, gt_boxes, gt_labels, sample_key, gt_ma
         batch_per_image=settings.FRCNN.BATCH_PER_IM,
         foreground_ratio=settings.FRCNN.FG_RATIO,
     )
-    roi_features = _RoIFeatures(settings, features, strides, proposals, training=True)
+    roi_features = _RoIFeatures(settings, features, strides, training=True, after=[proposals.boxes])
     box_losses, box_metrics, box_features = _box_branch(settings, roi_features, rois, image_shape, gt_boxes, gt_labels)
     losses, metrics = {**losses, **box_losses}, {**metrics, **box_metrics}
     if settings.MODE_MASK:
@@ -126,7 +126,7 @@ def build_inference(settings: Config, image: tf.Tensor, image_shape: tf.Tensor) 
     logits, deltas, anchors = _rpn(settings, features, strides, image_shape)
     proposals = _propose(settings, logits, deltas, anchors, image_shape, training=False)
     _name_stages(proposals.boxes, proposals.logits)
-    roi_features = _RoIFeatures(settings, features, strides, proposals, training=False)
+    roi_features = _RoIFeatures(settings, features, strides, training=False, after=[proposals.boxes])
     # float16 overflows in the maps first, and a CPU's ReLU converts the NaN that result in the heads to 0.
     maps = features if features[0].dtype == tf.float16 else []
     detections = _detect(settings, roi_features, proposals, image_shape, [*maps, logits, deltas])
@@ -238,7 +238,7 @@ def _features(settings, image, image_shape, *, training):
 class _RoIFeatures:
     """Pools the features of RoIs. C4 and FPN differ here, and only here."""
 
-    def __init__(self, settings, features, strides, proposals, *, training):
+    def __init__(self, settings, features, strides, *, training, after=()):
         self._settings, self._training = settings, training
         # p6 serves proposals only
         levels = slice(0, 4) if settings.MODE_FPN else slice(0, 1)
@@ -248,7 +248,7 @@ class _RoIFeatures:
             strides[levels],
             half_pixel=conventions.half_pixel,
             adaptive=conventions.adaptive,
-            after=[proposals.boxes],
+            after=after,
         )
         self._dtype = features[0].dtype
 
