@@ -42,15 +42,16 @@ class VirtualDisplay:
         """Waits until condition(screen), up to a minute; False if it does not come or the process ends before.
 
         `remap` is the title of a window to hide and show every three seconds: without a window manager, Qt now and
-        then misses that its window is on the screen, and paints nothing. `press` is (title, key), sent once a second: a
-        key that comes while the window is being opened is lost.
+        then misses that its window is on the screen, and paints nothing.`press` is (title, key), sent every five
+        seconds: a key that comes while the window is being opened is lost, and one that comes before the last is
+        answered may be one too many.
         """
         for count in range(600):
             if condition(self.screen()):
                 return True
             if process.poll() is not None:
                 return False
-            if press and count % 10 == 0:
+            if press and count % 50 == 0:
                 self._control(press[0], "windowfocus", "%1", "key", press[1])
             if remap and count % 30 == 29:
                 self._control(remap, "windowunmap", "%1", "windowmap", "%1")
