@@ -20,9 +20,12 @@ from common.weights import model_variables
 from config import Config, ConfigError
 from modeling import device, parameters, rcnn
 
+# Takes a GPU's memory as needed. A session's options come too late: TensorFlow opens the GPUs for a graph's first loop.
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+
 
 def session_config(*, towers: int = 1) -> tfv1.ConfigProto:
-    """The settings of a session: it uses all cores of the process, and allocates GPU memory as needed.
+    """The settings of a session: it uses all cores of the process.
 
     Args:
         towers: number of training towers in this process.
@@ -33,7 +36,6 @@ def session_config(*, towers: int = 1) -> tfv1.ConfigProto:
         options.device_count["CPU"] = towers  # SyncBN's sums need one device per tower
         # Each tower puts a batch into its staging area and takes one out, and both may block a thread.
         options.inter_op_parallelism_threads = max(cores, 2 * towers + 2)
-    options.gpu_options.allow_growth = True
     options.graph_options.rewrite_options.layout_optimizer = RewriterConfig.OFF  # maps stay NHWC on GPUs, too
     # It saves nothing here, and its cost estimate of CropAndResize prints pages of warnings.
     options.graph_options.rewrite_options.memory_optimization = RewriterConfig.NO_MEM_OPT

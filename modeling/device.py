@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,6 @@ from pathlib import Path
 import tensorflow as tf
 
 from config import ConfigError
-
-# TensorFlow opens the GPUs for the first loop of a graph, and would take all of their memory: no session's options
-# exist yet that could tell it to take memory as needed.
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
 
 _is_gpu = contextvars.ContextVar("is_gpu", default=None)
 

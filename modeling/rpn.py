@@ -294,7 +294,7 @@ def propose(
     deltas, references = box_ops.gather(deltas, index), tf.gather(anchors.boxes, index)
     boxes = box_ops.clip(box_ops.decode(deltas, references, max_log_size=max_log_size), image_shape)
     logits = tf.where(box_ops.is_nonempty(boxes, min_size), logits, LOWEST)
-    strips = 4 if pre_nms_topk > 1000 else 2
+    strips = 4 if pre_nms_topk > 1000 else 2  # of as many pairs, a pass costs more than a launch
     return _suppress_and_rank(
         boxes, logits, groups=len(groups), nms_threshold=nms_threshold, keep=post_nms_topk, strips=strips
     )

@@ -42,7 +42,7 @@ class VirtualDisplay:
         """Waits until condition(screen), up to a minute; False if it does not come or the process ends before.
 
         `remap` is the title of a window to hide and show every three seconds: without a window manager, Qt now and
-        then misses that its window is on the screen, and paints nothing.`press` is (title, key), sent every five
+        then misses that its window is on the screen, and paints nothing. `press` is (title, key), sent every five
         seconds: a key that comes while the window is being opened is lost, and one that comes before the last is
         answered may be one too many.
         """

@@ -65,6 +65,7 @@ class RankTrainer(HorovodTrainer):
         self._num_global_variables = len(tfv1.global_variables())
         self._broadcast_op = self.hvd.broadcast_global_variables(0)
         options = session_creator.config
+        # The GPU of `device.use_gpu`: TensorFlow refuses sessions that number the GPUs otherwise.
         options.gpu_options.visible_device_list = str(self.hvd.local_rank())
         options.intra_op_parallelism_threads = max(1, options.intra_op_parallelism_threads // self.hvd.local_size())
         super(HorovodTrainer, self).initialize(session_creator, session_init)
