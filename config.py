@@ -116,6 +116,7 @@ DEFAULTS = dict(
         PROPOSAL_NMS_THRESH=0.7,  # IoU above which NMS removes the lower-scoring of two proposals
         CROWD_OVERLAP_THRESH=9.99,  # ignore anchors with a larger share in a crowd region; 1 and above: none
         HEAD_DIM=1024,  # channels of C4's RPN head
+        NUM_CONVS=1,  # 3x3 convolutions of the RPN head
         TRAIN_PRE_NMS_TOPK=12000,  # proposals per image before and after NMS: C4, and FPN's mode Joint
         TRAIN_POST_NMS_TOPK=2000,
         TEST_PRE_NMS_TOPK=6000,
@@ -134,11 +135,11 @@ DEFAULTS = dict(
         ANCHOR_STRIDES=[4, 8, 16, 32, 64],  # of the levels p2 to p6
         PROPOSAL_MODE="Level",  # NMS per level; or Joint: over all levels together
         NUM_CHANNEL=256,  # channels of every level
-        NORM="None",  # None or GN
-        FRCNN_HEAD_FUNC="fastrcnn_2fc_head",  # or fastrcnn_4conv1fc_head, fastrcnn_4conv1fc_gn_head
+        NORM="None",  # None, GN, SyncBN or FreezeBN; batch norm of heads (..._bn_head) is that of the pyramid
+        FRCNN_HEAD_FUNC="fastrcnn_2fc_head",  # or fastrcnn_4conv1fc_head, fastrcnn_4conv1fc_gn_head, ..._bn_head
         FRCNN_CONV_HEAD_DIM=256,  # channels of the box head's convolutions
         FRCNN_FC_HEAD_DIM=1024,  # channels of its fully connected layers
-        MRCNN_HEAD_FUNC="maskrcnn_up4conv_head",  # or maskrcnn_up4conv_gn_head
+        MRCNN_HEAD_FUNC="maskrcnn_up4conv_head",  # or maskrcnn_up4conv_gn_head, maskrcnn_up4conv_bn_head
         CASCADE=False,  # Cascade R-CNN: three box heads, each refining the boxes of the previous one
     ),
     MRCNN=dict(
@@ -552,7 +553,7 @@ CHOICES = {
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
-    "FPN.NORM": ("None", "GN"),
+    "FPN.NORM": ("None", "GN", "SyncBN", "FreezeBN"),
 }
 
 LENGTHS = {
@@ -658,6 +659,9 @@ def _contradictions(c):
     rpn, fpn, names = c.RPN, c.FPN, c.DATA.CLASS_NAMES
     if fpn.CASCADE and not c.MODE_FPN:
         yield "FPN.CASCADE=True needs MODE_FPN=True"
+    for key in ("FPN.FRCNN_HEAD_FUNC", "FPN.MRCNN_HEAD_FUNC"):
+        if "_bn_" in c.value(key) and fpn.NORM not in ("SyncBN", "FreezeBN"):
+            yield f"{key}={c.value(key)} needs FPN.NORM=SyncBN or FreezeBN: the batch norm of heads is the pyramid's"
     if c.MODE_FPN and fpn.ANCHOR_STRIDES != (4, 8, 16, 32, 64):
         yield "FPN.ANCHOR_STRIDES must be [4,8,16,32,64], the strides of p2 to p6"
     if c.MODE_FPN and len(rpn.ANCHOR_SIZES) != len(fpn.ANCHOR_STRIDES):

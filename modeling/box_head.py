@@ -90,14 +90,14 @@ def fastrcnn_2fc_head(x, *, fc_channels, **unused):
     return fully_connected("fc7", x, fc_channels, activation=tf.nn.relu)
 
 
-def fastrcnn_4conv1fc_head(x, *, conv_channels, fc_channels, norm, norm_first=False):
+def fastrcnn_4conv1fc_head(x, *, conv_channels, fc_channels, **options):
     """Applies four 3x3 convolutions and one fully connected layer: [R, 7, 7, D] -> [R, fc_channels].
 
     Args:
-        norm, norm_first: of the convolutions, see `conv2d_of_head`
+        options: of the convolutions (`norm`, `norm_first`, `is_valid`), see `conv2d_of_head`
     """
     for i in range(4):
-        x = conv2d_of_head(f"conv{i}", f"gn{i}", x, conv_channels, norm=norm, norm_first=norm_first)
+        x = conv2d_of_head(f"conv{i}", f"gn{i}", x, conv_channels, **options)
     return fully_connected("fc", x, fc_channels, activation=tf.nn.relu)
 
 
@@ -105,6 +105,7 @@ HEADS = Registry("FPN.FRCNN_HEAD_FUNC")  # values: (function, norm)
 HEADS.register("fastrcnn_2fc_head", (fastrcnn_2fc_head, "None"))
 HEADS.register("fastrcnn_4conv1fc_head", (fastrcnn_4conv1fc_head, "None"))
 HEADS.register("fastrcnn_4conv1fc_gn_head", (fastrcnn_4conv1fc_head, "GN"))
+HEADS.register("fastrcnn_4conv1fc_bn_head", (fastrcnn_4conv1fc_head, "BN"))  # the batch norm of FPN.NORM
 
 
 def box_outputs(features, *, num_classes, class_agnostic):

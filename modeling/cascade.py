@@ -24,14 +24,14 @@ def cascade(boxes, is_valid, image_shape, *, head, weights, max_log_size):
 
     Args:
         boxes: float32 [N, S, 4], the first stage's RoIs. is_valid: bool [N, S]. image_shape: int32 [N, 2].
-        head: function (stage index, boxes [N, S, 4]) -> class_logits, deltas
+        head: function (stage index, boxes [N, S, 4], is_valid [N, S]) -> class_logits, deltas
         weights: of box regression, one tuple of 4 per stage. max_log_size: see `box_ops.decode`.
     Returns:
         list of Stage; and the boxes that the last stage refined, float32 [N, S, 4], clipped to the image
     """
     stages = []
     for index, stage_weights in enumerate(weights):
-        class_logits, deltas = head(index, boxes)
+        class_logits, deltas = head(index, boxes, is_valid)
         stages.append(Stage(boxes, is_valid, class_logits, deltas))
         deltas = tf.reshape(deltas, tf.shape(boxes))
         refined = box_ops.decode(deltas, boxes, weights=stage_weights, max_log_size=max_log_size)

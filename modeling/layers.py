@@ -23,6 +23,7 @@ BAND = 8  # rows of a band in `_gradient_in_bands`; the height of p2 is a multip
 NORM_EPSILON = 1e-5
 EMA_DECAY = 0.9  # of SyncBN's statistics
 NORM_SCOPES = {"FreezeBN": "bn", "SyncBN": "bn", "GN": "gn"}
+BATCH_NORMS = ("FreezeBN", "SyncBN")
 
 HE_FAN_OUT = tfv1.variance_scaling_initializer(2.0, mode="fan_out", distribution="untruncated_normal")
 FAN_IN = tfv1.variance_scaling_initializer(1.0, mode="fan_in", distribution="untruncated_normal")
@@ -75,18 +76,21 @@ def mean_of_pixels(x):
     return tf.reduce_mean(x, axis=[1, 2]), gradient
 
 
-def _convolve(x, create, channels, *, stride, padding, activation, shortcut=None):
+def _convolve(x, create, channels, *, stride, padding, activation, shortcut=None, is_large=False):
     """Applies convolution, bias, the sum with `shortcut` and activation: ops that TensorFlow fuses into one kernel.
 
     Args:
         create: function that creates the layer's variables and returns Parameters. channels: of the output.
+        is_large: see `conv2d`.
     """
     is_one_kernel = _is_one_kernel(x.dtype, channels, activation=activation, has_shortcut=shortcut is not None)
     kernel, bias = prepare(create, x.dtype, bias_dtype=tf.float32 if is_one_kernel else x.dtype)
     if not isinstance(padding, str):  # oneDNN has no gradient for explicit padding; Eigen's takes ten times as long
         x, padding = tf.pad(x, padding), "VALID"
     convolution = tf.nn.conv2d if kernel.shape[2] == x.shape[-1] else _grouped_conv2d
-    y = convolution(x, kernel, strides=stride, padding=padding)
+    in_bands = is_large and x.dtype == tf.bfloat16 and not device.is_gpu()
+    with tfv1.get_default_graph().gradient_override_map({"Conv2D": "Conv2DOfLargeMap"} if in_bands else {}):
+        y = convolution(x, kernel, strides=stride, padding=padding)
     if is_one_kernel and bias is not None:
         return _finish_on_gpu(y, bias, shortcut, has_relu=activation is not None)
     return _finish(y, bias, activation=activation, shortcut=shortcut)
@@ -250,17 +254,16 @@ def conv2d(x, channels, kernel_size, *, initializer, padding="SAME", activation=
         [N, H, W, channels], dtype of `x`; smaller than `x` with "VALID" padding
     """
     shape = [kernel_size, kernel_size, x.shape[-1], channels]
-    in_bands = is_large and x.dtype == tf.bfloat16 and not device.is_gpu()
-    with tfv1.get_default_graph().gradient_override_map({"Conv2D": "Conv2DOfLargeMap"} if in_bands else {}):
-        return _convolve(
-            x,
-            lambda: _weights_and_bias(shape, channels, initializer),
-            channels,
-            stride=1,
-            padding=padding,
-            activation=activation,
-            shortcut=shortcut,
-        )
+    return _convolve(
+        x,
+        lambda: _weights_and_bias(shape, channels, initializer),
+        channels,
+        stride=1,
+        padding=padding,
+        activation=activation,
+        shortcut=shortcut,
+        is_large=is_large,
+    )
 
 
 def _weights_and_bias(shape, channels, initializer):
@@ -276,6 +279,7 @@ def conv2d_norm(
     kernel_size,
     *,
     norm,
+    initializer=HE_FAN_OUT,
     epsilon=NORM_EPSILON,
     groups=1,
     stride=1,
@@ -284,6 +288,8 @@ def conv2d_norm(
     gamma=1.0,
     freeze=(),
     shortcut=None,
+    is_large=False,
+    is_valid=None,
 ):
     """Applies a convolution without bias, a norm, the sum with `shortcut` and an activation: the layer of backbones.
 
@@ -295,7 +301,7 @@ def conv2d_norm(
         groups: of channels, convolved separately. gamma: initial value of the norm's scale.
         freeze: a set of "W" (the kernel) and "affine" (gamma and beta): these get no gradient. With "W", SyncBN also
             keeps its statistics.
-        shortcut: [N, H', W', channels] or None
+        shortcut: [N, H', W', channels] or None. is_large: see `conv2d`. is_valid: see `batch_norm`.
     Returns:
         [N, H', W', channels], dtype of `x`
     """
@@ -303,18 +309,19 @@ def conv2d_norm(
     is_folded = norm == "FreezeBN" or (norm == "SyncBN" and "W" in freeze)
 
     def create():
-        kernel = tfv1.get_variable("W", shape, initializer=HE_FAN_OUT, trainable="W" not in freeze)
+        kernel = tfv1.get_variable("W", shape, initializer=initializer, trainable="W" not in freeze)
         if not is_folded:
             return Parameters(kernel, None)
         with tfv1.variable_scope("bn"):
             affine = _affine(channels, gamma=gamma, trainable="affine" not in freeze)
             return Parameters(kernel, None, Norm(*affine, *_batch_statistics(channels), epsilon))
 
-    options = dict(stride=stride, padding=padding)
+    options = dict(stride=stride, padding=padding, is_large=is_large)
     if is_folded or norm == "None":
         return _convolve(x, create, channels, activation=activation, shortcut=shortcut, **options)
     y = _convolve(x, create, channels, activation=None, **options)
-    y = NORMS[norm](NORM_SCOPES[norm], y, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze)
+    valid = {"is_valid": is_valid} if norm == "SyncBN" else {}
+    y = NORMS[norm](NORM_SCOPES[norm], y, epsilon=epsilon, gamma=gamma, trainable="affine" not in freeze, **valid)
     return _finish(y, None, activation=activation, shortcut=shortcut)
 
 
@@ -357,36 +364,62 @@ def group_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
 
 
 @layer_register(use_scope=True)
-def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True):
+def batch_norm(x, *, epsilon=NORM_EPSILON, gamma=1.0, trainable=True, is_valid=None):
     """Applies batch normalisation with the statistics of this step (training only) and averages them for inference.
 
-    The statistics cover the batches of all replicas together, whatever their sizes. The biased variance is used both
-    for the output and for the moving average, as in the reference.
+    The statistics cover the batches of all replicas together, whatever their sizes: each value counts once. Without any
+    value the averages keep theirs. The biased variance is used both for the output and for the moving average, as in
+    the reference.
 
     Args:
-        x: [N, H, W, C]
+        x: [N, H, W, C]. is_valid: bool [N], the items that the statistics cover; None: all
     Returns:
         [N, H, W, C], dtype of `x`
     """
     channels = x.shape[-1]
     gamma, beta = _affine(channels, gamma=gamma, trainable=trainable)
     averages = _batch_statistics(channels)
-    moments = joined_moments(*tf.nn.moments(tf.cast(x, tf.float32), [0, 1, 2]), tf.size(x) / channels, averages[0])
-    for average, moment in zip(averages, moments):
-        update = tfv1.assign_sub(average, (1 - EMA_DECAY) * (average - moment))
+    mean, variance, count = joined_moments(*_moments(tf.cast(x, tf.float32), is_valid), averages[0])
+    share = (1 - EMA_DECAY) * tf.minimum(count, 1.0)
+    for average, moment in zip(averages, (mean, variance)):
+        update = tfv1.assign_sub(average, share * (average - moment))
         tfv1.add_to_collection(tfv1.GraphKeys.UPDATE_OPS, update)
-    mean, variance = moments
     scale = gamma * tf.math.rsqrt(variance + epsilon)
     return x * tf.cast(scale, x.dtype) + tf.cast(beta - mean * scale, x.dtype)
 
 
-def conv2d_of_head(name, norm_name, x, channels, *, norm, norm_first=False):
+def _moments(x, is_valid):
+    """Returns mean and variance of each channel, float32 [C], and their number of values, float32, possibly 0.
+
+    Args:
+        x: float32 [N, H, W, C]. is_valid: see `batch_norm`.
+    """
+    pixels = tf.cast(tf.shape(x)[1] * tf.shape(x)[2], tf.float32)
+    if is_valid is None:
+        return *tf.nn.moments(x, [0, 1, 2]), pixels * tf.cast(tf.shape(x)[0], tf.float32)
+    weights = tf.cast(is_valid, tf.float32)[:, None, None, None]
+    count = tf.reduce_sum(weights)
+    weights = weights / tf.maximum(count, 1.0)
+
+    def average(y):  # the gradient of a sum that keeps its dimensions needs no shape from the host
+        of_item = tf.reduce_mean(y, [1, 2], keepdims=True)
+        return tf.reduce_sum(weights * of_item, 0, keepdims=True)
+
+    mean = average(x)
+    variance = average(tf.math.squared_difference(x, mean))
+    return tf.reshape(mean, [-1]), tf.reshape(variance, [-1]), pixels * count
+
+
+def conv2d_of_head(name, norm_name, x, channels, *, norm, norm_first=False, is_valid=None):
     """Applies a 3x3 convolution with ReLU of a box or mask head: [R, H, W, C] -> [R, H, W, channels].
 
     Args:
-        name, norm_name: variable scopes. norm: "None" or "GN".
-        norm_first: put the norm before the ReLU; the published models have it after
+        name, norm_name: variable scopes; a batch norm has its own below `name`, and the convolution then no bias.
+        norm: "None", "GN", "FreezeBN" or "SyncBN". is_valid: see `batch_norm`.
+        norm_first: put GroupNorm before the ReLU; the published models have it after. Batch norm always comes before.
     """
+    if norm in BATCH_NORMS:
+        return conv2d_norm(name, x, channels, 3, norm=norm, activation=tf.nn.relu, is_valid=is_valid)
     relu_last = norm == "GN" and norm_first
     x = conv2d(name, x, channels, 3, initializer=HE_FAN_OUT, activation=None if relu_last else tf.nn.relu)
     if norm == "GN":

@@ -22,21 +22,23 @@ from .layers import (
 HEADS = Registry("FPN.MRCNN_HEAD_FUNC")  # values: the norm of the head's convolutions
 HEADS.register("maskrcnn_up4conv_head", "None")
 HEADS.register("maskrcnn_up4conv_gn_head", "GN")
+HEADS.register("maskrcnn_up4conv_bn_head", "BN")  # the batch norm of FPN.NORM
 
 
-def mask_head(features, labels, *, num_convs, channels, num_classes, norm, norm_first=False):
+def mask_head(features, labels, *, num_convs, channels, num_classes, **options):
     """Applies convolutions and upsampling by two, and predicts the mask of each RoI's own class.
 
     Args:
         features: [F, M / 2, M / 2, D]. labels: int64 [F] in 1..C. num_convs: 4 in FPN, 0 in C4.
-        channels: of the convolutions. num_classes: C, without background. norm, norm_first: see `conv2d_of_head`.
+        channels: of the convolutions. num_classes: C, without background.
+        options: of the convolutions (`norm`, `norm_first`, `is_valid`), see `conv2d_of_head`
     Returns:
         logits float32 [F, M, M]
     """
     x = features
     with tfv1.variable_scope("maskrcnn", reuse=tfv1.AUTO_REUSE):
         for i in range(num_convs):
-            x = conv2d_of_head(f"fcn{i}", f"gn{i}", x, channels, norm=norm, norm_first=norm_first)
+            x = conv2d_of_head(f"fcn{i}", f"gn{i}", x, channels, **options)
         x = deconv2x2("deconv", x, channels, initializer=HE_FAN_OUT, activation=tf.nn.relu)
         return join_windows(
             channel_of_conv1x1("conv", x, labels - 1, num_classes, initializer=normal_initializer(0.001))

@@ -133,9 +133,9 @@ def build_inference(settings: Config, image: tf.Tensor, image_shape: tf.Tensor) 
     if not settings.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
-    logits = _mask_logits(settings, roi_features.for_masks(boxes, image_index), labels)[
-        : tf.shape(detections.labels)[0]
-    ]
+    logits = _mask_logits(
+        settings, roi_features.for_masks(boxes, image_index), labels, is_real=labels > 0, training=False
+    )[: tf.shape(detections.labels)[0]]
     scores = tf.where(_is_finite(logits), detections.scores, math.nan)
     return detections._replace(scores=scores, masks=tf.sigmoid(logits))
 
@@ -192,14 +192,27 @@ def _conventions(settings):
 # ---------------------------------------------------------------------------------------------------- features
 
 
+def _norm(name, training):
+    """The norm of this name; in inference, SyncBN uses its stored statistics and is folded."""
+    return "FreezeBN" if name == "SyncBN" and not training else name
+
+
+def _head_options(settings, norm, is_valid, training):
+    """Returns the keywords of a head's convolutions. norm: of the registered head. is_valid: bool [R], or None."""
+    return {
+        "norm": _norm(settings.FPN.NORM if norm == "BN" else norm, training),
+        "norm_first": _conventions(settings).norm_first,
+        "is_valid": is_valid,
+    }
+
+
 def _backbone_options(settings, training):
-    """Returns the keywords of a registered backbone. In inference, SyncBN uses its stored statistics and is folded."""
-    norm = settings.BACKBONE.NORM
+    """Returns the keywords of a registered backbone."""
     return {
         "width": settings.BACKBONE.WIDTH,
         "freeze_at": settings.BACKBONE.FREEZE_AT,
         "freeze_affine": settings.BACKBONE.FREEZE_AFFINE,
-        "norm": "FreezeBN" if norm == "SyncBN" and not training else norm,
+        "norm": _norm(settings.BACKBONE.NORM, training),
         "epsilon": settings.BACKBONE.NORM_EPSILON,
         "tf_pad_mode": settings.BACKBONE.TF_PAD_MODE,
         "stride_1x1": settings.BACKBONE.STRIDE_1X1,
@@ -231,7 +244,8 @@ def _features(settings, image, image_shape, *, training):
             **_backbone_options(settings, training),
         )
     if settings.MODE_FPN:
-        return fpn(features, channels=settings.FPN.NUM_CHANNEL, norm=settings.FPN.NORM), settings.FPN.ANCHOR_STRIDES
+        options = dict(channels=settings.FPN.NUM_CHANNEL, norm=_norm(settings.FPN.NORM, training))
+        return fpn(features, **options), settings.FPN.ANCHOR_STRIDES
     return features[-1:], [settings.RPN.ANCHOR_STRIDE]
 
 
@@ -306,6 +320,7 @@ def _rpn_options(settings):
     return {
         "channels": settings.FPN.NUM_CHANNEL if settings.MODE_FPN else settings.RPN.HEAD_DIM,
         "num_anchors": _base_anchors(settings).shape[1],
+        "num_convs": settings.RPN.NUM_CONVS,
     }
 
 
@@ -398,8 +413,12 @@ def _propose(settings, logits, deltas, anchors, image_shape, *, training):
 # ---------------------------------------------------------------------------------------------------- boxes
 
 
-def _head_outputs(settings, x, scope, *, class_agnostic):
-    """Applies the box head in the published variable scopes: [R, 7, 7, D] -> class_logits, deltas."""
+def _head_outputs(settings, x, scope, *, class_agnostic, is_valid, training):
+    """Applies the box head in the published variable scopes: [R, 7, 7, D] -> class_logits, deltas.
+
+    Args:
+        is_valid: bool [N, S], of the R = N * S RoIs
+    """
     outputs = dict(num_classes=settings.DATA.NUM_CATEGORY, class_agnostic=class_agnostic)
     with tfv1.variable_scope(scope):
         if not settings.MODE_FPN:
@@ -410,20 +429,20 @@ def _head_outputs(settings, x, scope, *, class_agnostic):
                 x,
                 conv_channels=settings.FPN.FRCNN_CONV_HEAD_DIM,
                 fc_channels=settings.FPN.FRCNN_FC_HEAD_DIM,
-                norm=norm,
-                norm_first=_conventions(settings).norm_first,
+                **_head_options(settings, norm, tf.reshape(is_valid, [-1]), training),
             )
         with tfv1.variable_scope("outputs"):
             return box_head.box_outputs(x, **outputs)
 
 
-def _run_cascade(settings, roi_features, boxes, is_valid, image_shape):
+def _run_cascade(settings, roi_features, boxes, is_valid, image_shape, *, training):
     """Runs the stages of a cascade on boxes [N, S, 4]: see `cascade.cascade`."""
 
-    def head(index, boxes):
+    def head(index, boxes, is_valid):
         x = roi_features.for_boxes(tf.reshape(boxes, [-1, 4]), box_head.image_index(boxes))
         x = cascade.scale_gradient(x, 1.0 / len(settings.CASCADE.IOUS))
-        return _head_outputs(settings, x, f"cascade_rcnn_stage{index + 1}", class_agnostic=True)
+        options = dict(class_agnostic=True, is_valid=is_valid, training=training)
+        return _head_outputs(settings, x, f"cascade_rcnn_stage{index + 1}", **options)
 
     return cascade.cascade(
         boxes,
@@ -444,13 +463,14 @@ def _box_branch(settings, roi_features, rois, image_shape, gt_boxes, gt_labels):
     box_loss = box_head.BOX_LOSSES.find(settings.FRCNN.BOX_LOSS)
     if not settings.FPN.CASCADE:
         x = roi_features.for_boxes(tf.reshape(rois.boxes, [-1, 4]), box_head.image_index(rois.boxes))
-        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", class_agnostic=False)
+        options = dict(class_agnostic=False, is_valid=rois.is_valid, training=True)
+        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", **options)
         options = dict(weights=settings.FRCNN.BBOX_REG_WEIGHTS, box_loss=box_loss)
         losses = box_head.box_losses(class_logits, deltas, rois, gt_boxes, **options)
         metrics = box_head.box_metrics(class_logits, rois)
         return _prefixed("fastrcnn_losses", losses), _prefixed("fastrcnn", metrics), x
     losses, metrics = {}, {}
-    stages, _ = _run_cascade(settings, roi_features, rois.boxes, rois.is_valid, image_shape)
+    stages, _ = _run_cascade(settings, roi_features, rois.boxes, rois.is_valid, image_shape, training=True)
     for index, (stage, iou) in enumerate(zip(stages, settings.CASCADE.IOUS)):
         if index > 0:
             rois = box_head.label_rois(stage.boxes, stage.is_valid, gt_boxes, gt_labels, foreground_iou=iou)
@@ -468,13 +488,14 @@ def _detect(settings, roi_features, proposals, image_shape, computed):
         computed: list of [N, ...], which must be finite, as the outputs of the heads
     """
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
+    options = dict(is_valid=proposals.is_valid, training=False)
     if settings.FPN.CASCADE:
-        stages, boxes = _run_cascade(settings, roi_features, proposals.boxes, proposals.is_valid, image_shape)
+        stages, boxes = _run_cascade(settings, roi_features, proposals.boxes, image_shape=image_shape, **options)
         probabilities, boxes = cascade.mean_probabilities(stages), boxes[:, :, None, :]
         raw = [probabilities, *[stage.deltas for stage in stages]]
     else:
         x = roi_features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
-        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", class_agnostic=False)
+        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", class_agnostic=False, **options)
         probabilities = tf.nn.softmax(class_logits)
         raw = [probabilities, deltas]
         deltas = tf.reshape(deltas, [n, slots, settings.DATA.NUM_CATEGORY + 1, 4])[:, :, 1:]
@@ -517,7 +538,7 @@ def _with_zeros(x):
     return tf.cast(tf.concat([wide, tf.zeros([1, *shape_list(x)[1:]], wide.dtype)], axis=0), x.dtype)
 
 
-def _mask_logits(settings, features, labels):
+def _mask_logits(settings, features, labels, *, is_real, training):
     """Returns the logits of each RoI's class, float32 [F, M, M]; unused for label 0, the row of `_at_least_one`."""
     norm = mask_head.HEADS.find(settings.FPN.MRCNN_HEAD_FUNC) if settings.MODE_FPN else "None"
     return mask_head.mask_head(
@@ -526,8 +547,7 @@ def _mask_logits(settings, features, labels):
         num_convs=4 if settings.MODE_FPN else 0,
         channels=settings.MRCNN.HEAD_DIM,
         num_classes=settings.DATA.NUM_CATEGORY,
-        norm=norm,
-        norm_first=_conventions(settings).norm_first,
+        **_head_options(settings, norm, is_real, training),
     )
 
 
@@ -541,7 +561,7 @@ def _mask_branch(settings, roi_features, box_features, rois, image_shape, gt_mas
     )
     image = tf.cast(row // tf.cast(slots, tf.int64), tf.int32)
     x = roi_features.for_masks(boxes, image, box_features=box_features, rows=row)
-    logits = _mask_logits(settings, x, labels)
+    logits = _mask_logits(settings, x, labels, is_real=is_real, training=True)
     targets = mask_head.mask_targets(gt_masks, image_shape, image, gt_index, boxes, resolution=logits.shape[1])
     loss = mask_head.mask_loss(logits, targets, image, is_real, num_images=n)
     metrics = mask_head.mask_metrics(logits, targets)

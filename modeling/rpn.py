@@ -7,6 +7,7 @@ labels of anchors: foreground, background, or neither (ignored). logits: objectn
 deltas: see `box_ops`, with weights of 1.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -39,45 +40,62 @@ class Proposals(NamedTuple):
     is_valid: tf.Tensor  # bool [N, P]
 
 
-def rpn_head(features, *, channels, num_anchors, padding="SAME"):
-    """Applies the head, which all levels share.
+def rpn_head(features, *, channels, num_anchors, num_convs=1):
+    """Applies the head, which all levels share: 3x3 convolutions, then a 1x1 convolution for each output.
 
     Args:
-        features: list of [N, H, W, C]. channels: of the hidden layer. num_anchors: per cell. padding: of the first
-            convolution; "VALID" removes one cell on each side.
+        features: list of [N, H, W, C]. channels: of the hidden layers. num_anchors: per cell.
+        num_convs: number of hidden layers
     Returns:
         logits: float32 [N, A]; deltas: float32 [N, A, 4], of all levels
     """
-    logits, deltas = [], []
+    options = dict(channels=channels, num_anchors=num_anchors, num_convs=num_convs)
+    outputs = [_outputs(x, **options) for x in features]
+    return tuple(tf.cast(tf.concat(levels, axis=1), tf.float32) for levels in zip(*outputs))
+
+
+def _outputs(x, *, channels, num_anchors, num_convs, inside=None):
+    """Returns the outputs of `rpn_head` for K anchors in each cell of one map: [N, H * W * K], [N, H * W * K, 4].
+
+    Args:
+        x: [N, H, W, C]. inside: bool [N, H, W], which cells of patches belong to their map; the outputs are then those
+            of a patch's central cell. None: `x` are whole maps.
+    """
     init = normal_initializer(0.01)
-    for x in features:
-        with tfv1.variable_scope("rpn", reuse=tfv1.AUTO_REUSE):
-            hidden = conv2d("conv0", x, channels, 3, initializer=init, padding=padding, activation=tf.nn.relu)
-            level_logits = conv2d("class", hidden, num_anchors, 1, initializer=init)
-            level_deltas = conv2d("box", hidden, 4 * num_anchors, 1, initializer=init)
-        n = shape_list(x)[0]
-        logits.append(tf.reshape(level_logits, [n, -1]))
-        deltas.append(tf.reshape(level_deltas, [n, -1, 4]))
-    return tuple(tf.cast(tf.concat(levels, axis=1), tf.float32) for levels in (logits, deltas))
+    padding = "SAME" if inside is None else "VALID"
+    with tfv1.variable_scope("rpn", reuse=tfv1.AUTO_REUSE):
+        for i in range(num_convs):
+            options = dict(initializer=init, padding=padding, activation=tf.nn.relu)
+            x = conv2d(f"conv{i}", x, channels, 3, **options)
+            if inside is not None and i < num_convs - 1:  # the next convolution sees zeros around the map
+                inside = inside[:, 1:-1, 1:-1]
+                x = tf.where(inside[..., None], x, tf.zeros([], x.dtype))
+        logits = conv2d("class", x, num_anchors, 1, initializer=init)
+        deltas = conv2d("box", x, 4 * num_anchors, 1, initializer=init)
+    n = shape_list(x)[0]
+    return tf.reshape(logits, [n, -1]), tf.reshape(deltas, [n, -1, 4])
 
 
-def rpn_head_at(features, index, *, channels, num_anchors):
-    """Computes the outputs of `rpn_head` for selected anchors from the 3x3 cells around each.
+def rpn_head_at(features, index, *, channels, num_anchors, num_convs=1):
+    """Computes the outputs of `rpn_head` for selected anchors from the cells around each: 3x3 for one hidden layer.
 
     A loss uses a few hundred of an image's 240,000 anchors. Its gradient through whole maps, nearly all zeros, would
     take an eighth of a training step's arithmetic; from these cells it takes next to none.
 
     Args:
         features: list of [N, H, W, C]. index: integers [N, S], into the anchors of all levels joined.
+        channels, num_anchors, num_convs: see `rpn_head`
     Returns:
         logits float32 [N, S], deltas float32 [N, S, 4]
     """
     index = tf.cast(index, tf.int64)
-    patches = _patches(features, index // num_anchors)
-    options = dict(channels=channels, num_anchors=num_anchors, padding="VALID")
-    outputs = rpn_head([tf.reshape(patches, [-1, *patches.shape[2:]])], **options)
+    patches, inside = (
+        tf.reshape(x, [-1, *x.shape[2:]]) for x in _patches(features, index // num_anchors, radius=num_convs)
+    )
+    options = dict(channels=channels, num_anchors=num_anchors, num_convs=num_convs)
+    outputs = _outputs(patches, inside=inside, **options)
     kind = tf.reshape(index % num_anchors, [-1])
-    logits, deltas = (box_ops.gather(x, kind[:, None]) for x in outputs)
+    logits, deltas = (tf.cast(box_ops.gather(x, kind[:, None]), tf.float32) for x in outputs)
     return tf.reshape(logits, tf.shape(index)), tf.reshape(deltas, [*shape_list(index), 4])
 
 
@@ -86,21 +104,22 @@ def _sizes(features):
     return tf.unstack(tf.stack([tf.shape(x)[1:3] for x in features]), axis=1)
 
 
-def _patches(features, cell):
-    """Returns the 3x3 cells around each of the given cells, zero outside their map.
+def _patches(features, cell, *, radius):
+    """Returns the K x K cells around each of the given cells, K = 2 * `radius` + 1, zero outside their map.
 
     Args:
         features: list of [N, H, W, C]. cell: int64 [N, S], counted over all levels.
     Returns:
-        [N, S, 3, 3, C]
+        [N, S, K, K, C]; and which of them are inside the map, bool [N, S, K, K]
     """
+    side = 2 * radius + 1
     n, _, _, channels = shape_list(features[0])
     level, row, column, height, width = (x[..., None, None] for x in _locate(cell, features))
-    around = tf.constant([-1, 0, 1], tf.int64)
+    around = tf.constant(np.arange(-radius, radius + 1), tf.int64)
     rows, columns = row + around[:, None], column + around
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     place = tf.reshape(tf.where(inside, rows * width + columns, 0), [n, -1])
-    level = tf.reshape(tf.tile(level, [1, 1, 3, 3]), [n, -1])
+    level = tf.reshape(tf.tile(level, [1, 1, side, side]), [n, -1])
     cells = [
         box_ops.gather(tf.reshape(x, [n, -1, channels]), tf.where(tf.equal(level, i), place, 0))
         for i, x in enumerate(features)
@@ -108,8 +127,8 @@ def _patches(features, cell):
     count = tf.size(level)
     first = tf.reshape(level, [-1]) * tf.cast(count, tf.int64)
     cells = box_ops.gather_rows(tf.reshape(tf.stack(cells), [-1, channels]), first + _count_up(count))
-    cells = tf.reshape(cells, [n, -1, 3, 3, channels])
-    return tf.where(inside[..., None], cells, tf.zeros([], cells.dtype))
+    cells = tf.reshape(cells, [n, -1, side, side, channels])
+    return tf.where(inside[..., None], cells, tf.zeros([], cells.dtype)), inside
 
 
 def _locate(cell, features):
@@ -210,7 +229,8 @@ def _match(anchors, candidate, gt_boxes, gt_labels, *, crowd_overlap):
         best_iou, best_of_gt = tf.reduce_max(iou, axis=2), tf.reduce_max(iou, axis=1, keepdims=True)
         is_better = best_iou > known.best_iou
         index = tf.argmax(iou, axis=2) + tf.cast(start, tf.int64)
-        is_best = tf.reduce_any(tf.equal(iou, best_of_gt) & usable, axis=2)
+        best_of_gt = tf.where(best_of_gt < 0, math.inf, best_of_gt)  # no anchor is the best without a usable pair
+        is_best = tf.reduce_any(tf.equal(iou, best_of_gt), axis=2)
         is_crowd = known.is_crowd
         if crowd_overlap < 1:
             is_crowd |= _is_covered_by_crowd(anchors, boxes, labels, crowd_overlap)

@@ -11,20 +11,23 @@ tfv1 = tf.compat.v1
 
 
 def joined_moments(mean, variance, count, shift):
-    """Combines the mean and variance of each replica into those of all replicas' values: float32 [C], [C].
+    """Combines the mean and variance of each replica into those of all replicas' values.
 
     Args:
-        mean, variance: float32 [C], of this replica's `count` values per channel
+        mean, variance: float32 [C], of this replica's `count` (float32) values per channel
         shift: float32 [C], near the mean and equal on all replicas; sums of squares about it avoid cancellation
+    Returns:
+        mean, variance: float32 [C]; and the number of values, which may be 0: then the others are `shift` and 0
     """
     towers, ranks = _num_towers(), _num_ranks()
     if towers * ranks == 1:
-        return mean, variance
-    channels, count, offset = mean.shape[0], tf.cast(count, tf.float32), mean - shift
+        return mean, variance, count
+    offset = mean - shift
     sums = tf.concat([count * offset, count * (variance + tf.square(offset)), [count]], axis=0)
     sums = _sum_over_ranks(sums) if ranks > 1 else _sum_over_towers(sums, towers)
-    offset, squares = sums[:channels] / sums[-1], sums[channels:-1] / sums[-1]
-    return shift + offset, tf.maximum(squares - tf.square(offset), 0.0)
+    total = sums[-1]
+    offset, squares = tf.split(sums[:-1] / tf.maximum(total, 1.0), 2)
+    return shift + offset, tf.maximum(squares - tf.square(offset), 0.0), total
 
 
 def _num_towers():

@@ -109,6 +109,18 @@ def group_norm(x, gamma, beta, *, groups):
     return y * gamma + beta
 
 
+def stored_norm(x, values, scope):
+    """Batch norm of [..., C] by the statistics among the variables `values` of the scope, with epsilon 1e-5."""
+    mean, variance, gamma, beta = (values[f"{scope}/{x}"] for x in ("mean/EMA", "variance/EMA", "gamma", "beta"))
+    return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+
+
+def batch_norm(x, gamma, beta, *, is_valid=None):
+    """Batch norm of [N, H, W, C] by the statistics of its items that are valid, with epsilon 1e-5, in float64."""
+    used = np.float64(x if is_valid is None else x[np.asarray(is_valid)])
+    return (x - used.mean(axis=(0, 1, 2))) / np.sqrt(used.var(axis=(0, 1, 2)) + 1e-5) * gamma + beta
+
+
 def relu(x):
     return np.maximum(x, 0)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import convolve, evaluate, group_norm, relu, variables
+from helpers import batch_norm, convolve, evaluate, group_norm, relu, stored_norm, variables
 
 from config import ConfigError
 from modeling import backbone, fpn, layers
@@ -246,11 +246,16 @@ def test_blocks_start_as_their_shortcuts(norm):
 # -------------------------------------------------------------------------------------------------------------- pyramid
 
 
-def slow_fpn(features, values, *, normalised):
+def slow_fpn(features, values, *, norm):
     def layer(name, x, norm_name, **options):
-        y = convolve(x, values[f"fpn/{name}/W"], bias=values[f"fpn/{name}/b"], **options)
-        gamma, beta = (values.get(f"fpn/{norm_name}/{name}") for name in ("gamma", "beta"))
-        return group_norm(y, gamma, beta, groups=3) if normalised else y
+        y = convolve(x, values[f"fpn/{name}/W"], bias=values.get(f"fpn/{name}/b", 0.0), **options)
+        if norm == "FreezeBN":
+            return stored_norm(y, values, f"fpn/{name}/bn")
+        scope = f"fpn/{name}/bn" if norm == "SyncBN" else f"fpn/{norm_name}"
+        gamma, beta = (values.get(f"{scope}/{name}") for name in ("gamma", "beta"))
+        if norm == "SyncBN":
+            return batch_norm(y, gamma, beta)
+        return group_norm(y, gamma, beta, groups=3) if norm == "GN" else y
 
     merged = {}
     for level in (5, 4, 3, 2):
@@ -263,7 +268,7 @@ def slow_fpn(features, values, *, normalised):
     return outputs + [outputs[-1][:, ::2, ::2]]
 
 
-@pytest.mark.parametrize("norm", ["None", "GN"])
+@pytest.mark.parametrize("norm", ["None", "GN", "FreezeBN", "SyncBN"])
 def test_fpn_equals_the_definition(norm):
     """96 x 160 pixels: the coarsest level has an odd number of rows and columns, and p6 every second pixel of p5."""
     rng = np.random.default_rng(2)
@@ -275,6 +280,6 @@ def test_fpn_equals_the_definition(norm):
         lambda *x: (fpn.fpn(x, channels=6, norm=norm), variables()), *features, random_variables=rng
     )
     assert [x.shape for x in outputs] == [(2, 24, 40, 6), (2, 12, 20, 6), (2, 6, 10, 6), (2, 3, 5, 6), (2, 2, 3, 6)]
-    assert len(values) == 8 * (4 if norm == "GN" else 2)
-    for output, expected in zip(outputs, slow_fpn(features, values, normalised=norm == "GN")):
+    assert len(values) == 8 * {"None": 2, "GN": 4}.get(norm, 5)  # a batch norm takes the place of the bias
+    for output, expected in zip(outputs, slow_fpn(features, values, norm=norm)):
         np.testing.assert_allclose(output, expected, atol=1e-4 * np.abs(expected).max())

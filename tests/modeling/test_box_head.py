@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import convolve, encode, evaluate, greedy_nms, group_norm, random_boxes, relu, variables
+from helpers import (
+    batch_norm,
+    convolve,
+    encode,
+    evaluate,
+    greedy_nms,
+    group_norm,
+    random_boxes,
+    relu,
+    stored_norm,
+    variables,
+)
 
 from common import boxes as np_boxes
 from modeling import box_head, device, rpn
@@ -182,6 +193,32 @@ def test_head_of_four_convolutions(name, normalised, norm_first):
             expected = group_norm(expected, values[f"gn{i}/gamma"], values[f"gn{i}/beta"], groups=3)
         expected = relu(expected) if norm_first else expected
     expected = fully_connected(expected.transpose(0, 3, 1, 2).reshape(2, -1), values, "fc")
+    np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["FreezeBN", "SyncBN"])
+def test_head_of_four_convolutions_with_batch_norm(norm):
+    """The norm comes before the ReLU, in place of the bias; RoIs that are not valid have no part in its statistics."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(4, 3, 3, 4)).astype(np.float32)
+    is_valid = [True, False, True, True]
+
+    def build(x):
+        options = dict(conv_channels=6, fc_channels=5, norm=norm, is_valid=tf.constant(is_valid))
+        return box_head.fastrcnn_4conv1fc_head(tf.ensure_shape(x, [None, 3, 3, 4]), **options), variables()
+
+    y, values = evaluate(build, x, random_variables=rng)
+    assert len(values) == 4 * 5 + 2
+    expected = x
+    for i in range(4):
+        expected = convolve(expected, values[f"conv{i}/W"], before=1, after=1)
+        if norm == "FreezeBN":
+            expected = stored_norm(expected, values, f"conv{i}/bn")
+        else:
+            gamma, beta = (values[f"conv{i}/bn/{x}"] for x in ("gamma", "beta"))
+            expected = batch_norm(expected, gamma, beta, is_valid=is_valid)
+        expected = relu(expected)
+    expected = fully_connected(expected.transpose(0, 3, 1, 2).reshape(4, -1), values, "fc")
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
 
 

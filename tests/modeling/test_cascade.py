@@ -17,8 +17,8 @@ def run_cascade(boxes, is_valid, deltas, build_more=lambda *_: ()):
     """The stages, the last boxes, and what `build_more` makes of them; head `index` returns deltas[index]."""
 
     def build(boxes, is_valid, image_shape, deltas):
-        def head(index, boxes):
-            return tf.reshape(boxes, [-1, 4]) * 0.01, deltas[index]
+        def head(index, boxes, is_valid):
+            return tf.reshape(tf.where(is_valid[..., None], boxes * 0.01, -1.0), [-1, 4]), deltas[index]
 
         stages, last = cascade.cascade(
             boxes, is_valid, image_shape, head=head, weights=WEIGHTS, max_log_size=MAX_LOG_SIZE
@@ -45,7 +45,8 @@ def test_each_stage_sees_what_the_one_before_refined():
     for index, stage in enumerate(stages):
         np.testing.assert_allclose(stage.boxes, boxes, rtol=1e-3, atol=1e-2)
         np.testing.assert_array_equal(stage.is_valid, is_valid)
-        np.testing.assert_allclose(stage.class_logits, stage.boxes.reshape(-1, 4) * 0.01, rtol=1e-5)
+        seen = np.where(stage.is_valid[..., None], stage.boxes * 0.01, -1.0)
+        np.testing.assert_allclose(stage.class_logits, seen.reshape(-1, 4), rtol=1e-5)
         np.testing.assert_array_equal(stage.deltas, deltas[index])
         boxes = slow_refine(stage.boxes, deltas[index], WEIGHTS[index])
         is_valid = is_valid & (boxes[..., 2:] > boxes[..., :2]).all(axis=2)

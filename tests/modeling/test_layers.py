@@ -164,6 +164,43 @@ def test_batch_norm_uses_the_batch_and_its_biased_variance():
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_batch_norm_covers_the_valid_items():
+    """Outputs, averages, and the gradient, against the norm of a batch of the valid items alone."""
+    rng = np.random.default_rng(7)
+    x, weights = (rng.normal(size=(5, 3, 2, 4)).astype(np.float32) for _ in range(2))
+    is_valid = np.array([True, False, True, False, True])
+
+    def build(x, weights, is_valid=None):
+        y = layers.batch_norm("bn", x, is_valid=is_valid)
+        updates = tfv1.get_collection(tfv1.GraphKeys.UPDATE_OPS)
+        used = y if is_valid is None else tf.boolean_mask(y * weights, is_valid)
+        loss = tf.reduce_sum(used * weights if is_valid is None else used)
+        return y, tf.gradients(loss, [x, *tfv1.trainable_variables()]), updates
+
+    y, (dx, *affine), updates = evaluate(build, x, weights, is_valid, random_variables=np.random.default_rng(5))
+    alone = evaluate(build, x[is_valid], weights[is_valid], random_variables=np.random.default_rng(5))
+    np.testing.assert_allclose(y[is_valid], alone[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx[is_valid], alone[1][0], rtol=1e-4, atol=1e-5)
+    assert not dx[~is_valid].any()
+    for found, expected in zip([*affine, *updates], [*alone[1][1:], *alone[2]]):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norm_of_nothing_keeps_its_statistics():
+    def build(x):
+        y = layers.batch_norm("bn", x, is_valid=tf.zeros([2], tf.bool))
+        before = {name: variable + 0.0 for name, variable in variables().items()}
+        with tf.control_dependencies(before.values()):
+            gradients = tf.gradients(y, [x, *tfv1.trainable_variables()])
+        updates = tfv1.get_collection(tfv1.GraphKeys.UPDATE_OPS)
+        return y, gradients, before, updates
+
+    y, gradients, before, updates = evaluate(build, MAP[:2], random_variables=np.random.default_rng(5))
+    assert all(np.isfinite(x).all() for x in (y, *gradients))
+    for name, updated in zip(("bn/mean/EMA", "bn/variance/EMA"), updates):
+        np.testing.assert_array_equal(updated, before[name])
+
+
 def test_batch_norm_averages_the_statistics():
     """The moving averages start with 0 and 1, and take a tenth of each batch's mean and biased variance."""
     batches = [MAP, 2 * MAP + 1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from graphs import pack
-from helpers import convolve, evaluate, group_norm, random_boxes, relu, variables
+from helpers import convolve, evaluate, group_norm, random_boxes, relu, stored_norm, variables
 
 from modeling import mask_head
 
@@ -20,7 +20,8 @@ def upsampled(x, values):
 
 
 @pytest.mark.parametrize(
-    "num_convs, norm, norm_first", [(0, "None", False), (2, "None", True), (2, "GN", False), (2, "GN", True)]
+    "num_convs, norm, norm_first",
+    [(0, "None", False), (2, "None", True), (2, "GN", False), (2, "GN", True), (2, "FreezeBN", False)],
 )
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
 def test_head_equals_the_definition(num_convs, norm, norm_first, dtype):
@@ -38,7 +39,8 @@ def test_head_equals_the_definition(num_convs, norm, norm_first, dtype):
     assert (logits.shape, logits.dtype) == ((3, 8, 8), np.float32)
     x = features
     for i in range(num_convs):
-        x = convolve(x, values[f"maskrcnn/fcn{i}/W"], bias=values[f"maskrcnn/fcn{i}/b"], before=1, after=1)
+        x = convolve(x, values[f"maskrcnn/fcn{i}/W"], bias=values.get(f"maskrcnn/fcn{i}/b", 0.0), before=1, after=1)
+        x = stored_norm(x, values, f"maskrcnn/fcn{i}/bn") if norm == "FreezeBN" else x
         x = x if norm == "GN" and norm_first else relu(x)
         if norm == "GN":
             x = group_norm(x, values[f"maskrcnn/gn{i}/gamma"], values[f"maskrcnn/gn{i}/beta"], groups=3)

@@ -17,20 +17,24 @@ RULES = dict(foreground_iou=0.5, background_iou=0.25, crowd_overlap=1.0)
 # ----------------------------------------------------------------------------------------------------- head and anchors
 
 
-def test_head_is_shared_and_ordered_by_row_column_and_kind():
+@pytest.mark.parametrize("hidden_layers", [("conv0",), ("conv0", "conv1")])
+def test_head_is_shared_and_ordered_by_row_column_and_kind(hidden_layers):
     rng = np.random.default_rng(0)
     maps = [rng.normal(size=(2, *size, 4)).astype(np.float32) for size in ((3, 5), (2, 2))]
 
     def build(*maps):
-        outputs = rpn.rpn_head(maps, channels=6, num_anchors=3)
+        outputs = rpn.rpn_head(maps, channels=6, num_anchors=3, num_convs=len(hidden_layers))
         trained = {variable.op.name for variable in tfv1.trainable_variables()}
-        assert trained == {f"rpn/{layer}/{name}" for layer in ("conv0", "class", "box") for name in "Wb"}
+        assert trained == {f"rpn/{layer}/{name}" for layer in (*hidden_layers, "class", "box") for name in "Wb"}
         return outputs, variables()
 
     (logits, deltas), values = evaluate(build, *maps, random_variables=rng)
     cuts = [3 * 5 * 3]
     for x, level_logits, level_deltas in zip(maps, np.split(logits, cuts, axis=1), np.split(deltas, cuts, axis=1)):
-        hidden = relu(convolve(x, values["rpn/conv0/W"], bias=values["rpn/conv0/b"], before=1, after=1))
+        hidden = x
+        for name in hidden_layers:
+            kernel, bias = values[f"rpn/{name}/W"], values[f"rpn/{name}/b"]
+            hidden = relu(convolve(hidden, kernel, bias=bias, before=1, after=1))
         kinds = convolve(hidden, values["rpn/class/W"], bias=values["rpn/class/b"])
         sides = convolve(hidden, values["rpn/box/W"], bias=values["rpn/box/b"])
         places = [(row, column, kind) for row in range(x.shape[1]) for column in range(x.shape[2]) for kind in range(3)]
@@ -40,7 +44,8 @@ def test_head_is_shared_and_ordered_by_row_column_and_kind():
         np.testing.assert_allclose(level_deltas, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_head_at_some_anchors_is_the_head_and_has_its_gradient():
+@pytest.mark.parametrize("num_convs", [1, 2, 3])
+def test_head_at_some_anchors_is_the_head_and_has_its_gradient(num_convs):
     """Each anchor of three maps, corners and all, some twice and some not at all, against the head on whole maps."""
     rng = np.random.default_rng(1)
     maps = [rng.normal(size=(2, *size, 4)).astype(np.float32) for size in ((3, 5), (2, 2), (1, 1))]
@@ -52,13 +57,13 @@ def test_head_at_some_anchors_is_the_head_and_has_its_gradient():
             loss = tf.add_n([tf.reduce_sum(x * w) for x, w in zip(outputs, weights)])
             return [tf.convert_to_tensor(x) for x in tf.gradients(loss, [*maps, *tfv1.trainable_variables()])]
 
-        options = dict(channels=6, num_anchors=3)
+        options = dict(channels=6, num_anchors=3, num_convs=num_convs)
         whole = [tf.gather(x, index, batch_dims=1) for x in rpn.rpn_head(maps, **options)]
         picked = rpn.rpn_head_at(maps, index, **options)
         return (picked, gradients(picked)), (whole, gradients(whole))
 
     (picked, gradients), (whole, expected) = evaluate(build, index, *maps, random_variables=rng)
-    assert len(expected) == 3 + 6
+    assert len(expected) == 3 + 4 + 2 * num_convs
     for x, y in zip([*picked, *gradients], [*whole, *expected]):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
 

@@ -189,17 +189,22 @@ def _fan_in(*shape):
     return math.sqrt(1 / math.prod(shape[:-1]))
 
 
+BATCH_NORM = (
+    *("MODE_FPN=True", "BACKBONE.NORM=SyncBN", "FPN.NORM=SyncBN", "RPN.NUM_CONVS=2"),
+    *("FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_bn_head", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_bn_head"),
+)
+
 DEVIATIONS = {
     r"(conv0|group\d/.*)/W": _he_fan_out,
     r"fpn/.*/W": _fan_in,
-    r"rpn/(conv0|class|box)/W": lambda *_: 0.01,
+    r"rpn/(conv\d|class|box)/W": lambda *_: 0.01,
     r"(fast|cascade_)rcnn.*/conv\d/W": _he_fan_out,
     r"(fast|cascade_)rcnn.*/fc\d?/W": _fan_in,
     r"(fast|cascade_)rcnn.*/class/W": lambda *_: 0.01,
     r"(fast|cascade_)rcnn.*/box/W": lambda *_: 0.001,
     r"maskrcnn/(fcn\d|deconv)/W": _he_fan_out,
     r"maskrcnn/conv/W": lambda *_: 0.001,
-    r".*/conv3/bn/gamma": lambda *_: 0.0,  # a block starts as its shortcut
+    r"group.*/conv3/bn/gamma": lambda *_: 0.0,  # a block starts as its shortcut
 }
 
 
@@ -209,6 +214,7 @@ DEVIATIONS = {
         ("MODE_FPN=True",),
         ("MODE_FPN=True", "FPN.CASCADE=True", "FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_head"),
         ("MODE_FPN=False", "RPN.ANCHOR_SIZES=[16,32,64]"),
+        BATCH_NORM,
     ],
 )
 def test_spread_of_the_initial_kernels_of_each_part(overrides):
@@ -219,7 +225,7 @@ def test_spread_of_the_initial_kernels_of_each_part(overrides):
         rcnn.build_training(settings, **{s.name: tfv1.placeholder(s.dtype, s.shape) for s in specs})
         session.run(tfv1.global_variables_initializer())
         values = session.run({v.op.name: v for v in tfv1.global_variables()})
-    kernels = {name: value for name, value in values.items() if re.search(r"/W$|conv3/bn/gamma$", name)}
+    kernels = {name: value for name, value in values.items() if re.search(r"/W$|group.*conv3/bn/gamma$", name)}
     assert len(kernels) > 20
     for name, value in kernels.items():
         (expected,) = {f(*value.shape) for pattern, f in DEVIATIONS.items() if re.fullmatch(pattern, name)}

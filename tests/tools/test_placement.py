@@ -103,6 +103,8 @@ def test_a_tensorflow_without_gpu_support_renews_nothing(tmp_path):
 
 FPN, GN = ["MODE_FPN=True"], ["BACKBONE.NORM=GN", "FPN.NORM=GN"]
 GN += ["FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_gn_head", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_gn_head"]
+BN = ["BACKBONE.NORM=SyncBN", "FPN.NORM=SyncBN"]
+BN += ["FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_bn_head", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_bn_head"]
 RESNEXT = ["BACKBONE.NAME=resnext_32x4d", "BACKBONE.WIDTH=64"]
 # A CPU has no gradient of grouped convolutions, and takes minutes for steps in float16 of larger images.
 FLOAT16 = [
@@ -113,7 +115,7 @@ FLOAT16 = [
 MODELS = {
     "C4": ["MODE_FPN=False"],
     "Cascade, GroupNorm, float16": [*FPN, "FPN.CASCADE=True", *GN, *FLOAT16],
-    "SyncBN, torchvision": [*FPN, "BACKBONE.NORM=SyncBN", "CONVENTIONS=torchvision"],
+    "SyncBN, torchvision": [*FPN, *BN, "RPN.NUM_CONVS=2", "CONVENTIONS=torchvision"],
     "Detectron2": [*FPN, "CONVENTIONS=detectron2"],
 }
 

@@ -51,8 +51,11 @@ def random_batches(seed=0):
 GAMMA, BETA = np.array([0.5, 1, 2, 3], np.float32), np.array([0, 1, -1, 2], np.float32)
 
 
-def test_sync_bn_over_towers_is_batch_norm_over_the_joined_batch():
+@pytest.mark.parametrize("valid", [None, ([True, False], [True]), ([False, False], [True])])
+def test_sync_bn_over_towers_is_batch_norm_over_the_joined_batch(valid):
+    """Of all items, or of those that are valid, of which a tower may have none."""
     parts, weights = random_batches()
+    masks = [np.array(mask) for mask in valid] if valid else [np.ones(len(part), bool) for part in parts]
     outputs, gradients, averages, updates = [], [], [], []
     options = tfv1.ConfigProto(device_count={"CPU": 2}, allow_soft_placement=True)
     with tf.Graph().as_default(), tfv1.Session(config=options) as session:
@@ -60,11 +63,11 @@ def test_sync_bn_over_towers_is_batch_norm_over_the_joined_batch():
             context = TrainTowerContext(f"tower{i}", vs_name=f"tower{i}" if i else "", index=i, total=2)
             with tf.device(f"/gpu:{i}"), context:  # as tensorpack builds towers, also where there is no GPU
                 x = tf.constant(part)
-                y = batch_norm("bn", x)
+                y = batch_norm("bn", x, is_valid=tf.constant(masks[i]) if valid else None)
                 variables = [v for v in tfv1.global_variables() if v.op.name.startswith("tower1/") == (i == 1)]
                 outputs.append(y)
                 gamma, beta = variables[:2]
-                loss = tf.reduce_sum(y * weight)
+                loss = tf.reduce_sum(tf.boolean_mask(y * weight, masks[i]))
                 gradients.append(tfv1.gradients(loss, [x, gamma, beta], colocate_gradients_with_ops=True))
                 averages.append(variables[2:])
         updates = tfv1.get_collection(tfv1.GraphKeys.UPDATE_OPS)
@@ -74,8 +77,13 @@ def test_sync_bn_over_towers_is_batch_norm_over_the_joined_batch():
         found_outputs, found_gradients = session.run([outputs, gradients])
         session.run(updates)
         found_averages = session.run(averages)
-    expected = joined_batch_norm(parts, GAMMA, BETA, weights)
-    check_sync_bn(expected, found_outputs, found_gradients, found_averages)
+    used = [[part[mask] for part, mask in zip(many, masks)] for many in (parts, weights)]
+    expected = joined_batch_norm(used[0], GAMMA, BETA, used[1])
+    for mask, (dx, *_) in zip(masks, found_gradients):
+        assert not dx[~mask].any()
+    outputs = [y[mask] for y, mask in zip(found_outputs, masks)]
+    gradients = [[dx[mask], *affine] for (dx, *affine), mask in zip(found_gradients, masks)]
+    check_sync_bn(expected, outputs, gradients, found_averages)
 
 
 def check_sync_bn(expected, outputs, gradients, averages):
