@@ -321,13 +321,22 @@ class Config(_Group):
         differing = [
             key
             for key in settings
-            if key in self._given and self._values[key] != needed._values[key] and not key.startswith(ADAPTABLE)
+            if key in self._given and not self.fits(key, needed._values[key]) and not key.startswith(ADAPTABLE)
         ]
         if differing:
             given = as_overrides({key: self._values[key] for key in differing})
             required = as_overrides({key: needed._values[key] for key in differing})
             raise ConfigError(f"{source} requires {required}, but --config sets {given}")
         self._set(_from_value, [(key, value) for key, value in settings.items() if key not in self._given])
+
+    def fits(self, key: str, value: Any) -> bool:
+        """Whether weights that require `value` of a key can be used with its value here: both are equal, or both are
+        batch norm, frozen or not.
+        """
+        values = self.value(key), _convert(key, value, reprlib.repr(value))
+        return values[0] == values[1] or (
+            key in ("BACKBONE.NORM", "FPN.NORM") and set(values) == {"FreezeBN", "SyncBN"}
+        )
 
     def check(self) -> None:
         """Verifies all settings; logs a warning for each setting without effect.

@@ -133,9 +133,9 @@ def build_inference(settings: Config, image: tf.Tensor, image_shape: tf.Tensor) 
     if not settings.MODE_MASK:
         return detections
     boxes, labels, image_index = _at_least_one(detections.boxes, detections.labels, detections.image_index)
-    logits = _mask_logits(
-        settings, roi_features.for_masks(boxes, image_index), labels, is_real=labels > 0, training=False
-    )[: tf.shape(detections.labels)[0]]
+    logits = _mask_logits(settings, roi_features.for_masks(boxes, image_index), labels)[
+        : tf.shape(detections.labels)[0]
+    ]
     scores = tf.where(_is_finite(logits), detections.scores, math.nan)
     return detections._replace(scores=scores, masks=tf.sigmoid(logits))
 
@@ -198,11 +198,11 @@ def _norm(name, training):
 
 
 def _head_options(settings, norm, is_valid, training):
-    """Returns the keywords of a head's convolutions. norm: of the registered head. is_valid: bool [R], or None."""
+    """Returns the keywords of a head's convolutions. norm: of the registered head. is_valid: bool, of R, or None."""
     return {
         "norm": _norm(settings.FPN.NORM if norm == "BN" else norm, training),
         "norm_first": _conventions(settings).norm_first,
-        "is_valid": is_valid,
+        "is_valid": None if is_valid is None else tf.reshape(is_valid, [-1]),
     }
 
 
@@ -413,11 +413,11 @@ def _propose(settings, logits, deltas, anchors, image_shape, *, training):
 # ---------------------------------------------------------------------------------------------------- boxes
 
 
-def _head_outputs(settings, x, scope, *, class_agnostic, is_valid, training):
+def _head_outputs(settings, x, scope, *, class_agnostic, is_valid=None, training=False):
     """Applies the box head in the published variable scopes: [R, 7, 7, D] -> class_logits, deltas.
 
     Args:
-        is_valid: bool [N, S], of the R = N * S RoIs
+        is_valid: bool [N, S], of the R = N * S RoIs, in training
     """
     outputs = dict(num_classes=settings.DATA.NUM_CATEGORY, class_agnostic=class_agnostic)
     with tfv1.variable_scope(scope):
@@ -429,7 +429,7 @@ def _head_outputs(settings, x, scope, *, class_agnostic, is_valid, training):
                 x,
                 conv_channels=settings.FPN.FRCNN_CONV_HEAD_DIM,
                 fc_channels=settings.FPN.FRCNN_FC_HEAD_DIM,
-                **_head_options(settings, norm, tf.reshape(is_valid, [-1]), training),
+                **_head_options(settings, norm, is_valid, training),
             )
         with tfv1.variable_scope("outputs"):
             return box_head.box_outputs(x, **outputs)
@@ -488,14 +488,14 @@ def _detect(settings, roi_features, proposals, image_shape, computed):
         computed: list of [N, ...], which must be finite, as the outputs of the heads
     """
     n, slots = tf.shape(proposals.boxes)[0], tf.shape(proposals.boxes)[1]
-    options = dict(is_valid=proposals.is_valid, training=False)
     if settings.FPN.CASCADE:
-        stages, boxes = _run_cascade(settings, roi_features, proposals.boxes, image_shape=image_shape, **options)
+        options = dict(image_shape=image_shape, training=False)
+        stages, boxes = _run_cascade(settings, roi_features, proposals.boxes, proposals.is_valid, **options)
         probabilities, boxes = cascade.mean_probabilities(stages), boxes[:, :, None, :]
         raw = [probabilities, *[stage.deltas for stage in stages]]
     else:
         x = roi_features.for_boxes(tf.reshape(proposals.boxes, [-1, 4]), box_head.image_index(proposals.boxes))
-        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", class_agnostic=False, **options)
+        class_logits, deltas = _head_outputs(settings, x, "fastrcnn", class_agnostic=False)
         probabilities = tf.nn.softmax(class_logits)
         raw = [probabilities, deltas]
         deltas = tf.reshape(deltas, [n, slots, settings.DATA.NUM_CATEGORY + 1, 4])[:, :, 1:]
@@ -538,7 +538,7 @@ def _with_zeros(x):
     return tf.cast(tf.concat([wide, tf.zeros([1, *shape_list(x)[1:]], wide.dtype)], axis=0), x.dtype)
 
 
-def _mask_logits(settings, features, labels, *, is_real, training):
+def _mask_logits(settings, features, labels, *, is_real=None, training=False):
     """Returns the logits of each RoI's class, float32 [F, M, M]; unused for label 0, the row of `_at_least_one`."""
     norm = mask_head.HEADS.find(settings.FPN.MRCNN_HEAD_FUNC) if settings.MODE_FPN else "None"
     return mask_head.mask_head(

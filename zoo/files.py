@@ -309,7 +309,7 @@ def _read_keras_archive(file):
 
 
 def write_torch(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
-    """Writes float32 arrays by name as a state dict, in PyTorch's format since 1.6, without PyTorch.
+    """Writes arrays of float32 or int64 by name as a state dict, in PyTorch's format since 1.6, without PyTorch.
 
     Args:
         file: open for writing.
@@ -318,7 +318,7 @@ def write_torch(file: BinaryIO, arrays: dict[str, np.ndarray]) -> None:
         archive.writestr("archive/data.pkl", _pickle_of(arrays))
         archive.writestr("archive/byteorder", "little")
         for key, array in enumerate(arrays.values()):
-            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array, "<f4").tobytes())
+            archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array, _code(array)).tobytes())
         archive.writestr("archive/version", "3\n")
 
 
@@ -327,12 +327,18 @@ def _pickle_of(arrays):
     writes classes that it can import."""
     body = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R("]
     for key, (name, array) in enumerate(arrays.items()):
-        strides = [stride // array.itemsize for stride in np.empty(array.shape, np.float32).strides]
-        storage = [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _integer(array.size)]
+        strides = [stride // 8 for stride in np.empty(array.shape).strides]
+        (kind,) = (name.encode() for name, code in STORAGES.items() if f"<{code}" == _code(array))
+        storage = [_text("storage"), b"ctorch\n" + kind + b"\n", _text(str(key)), _text("cpu"), _integer(array.size)]
         body += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
         body += [b"(", *storage, b"tQ", _integer(0), _tuple(array.shape), _tuple(strides)]
         body += [b"\x89", b"ccollections\nOrderedDict\n)R", b"tR"]
     return b"".join([*body, b"u."])
+
+
+def _code(array):
+    """The code of the dtype in which an array is written: float32, but integers as they are."""
+    return "<i8" if array.dtype == np.int64 else "<f4"
 
 
 def _text(text):

@@ -37,6 +37,7 @@ class Model(NamedTuple):
     settings: dict[str, object]  # {key: value} that the weights need
     ignored: frozenset[str] = frozenset()  # names in the file that are no weights
     added: dict[str, np.ndarray] = {}  # variables of ours without a counterpart, by name
+    constants: dict[str, np.ndarray] = {}  # arrays of theirs without a counterpart, by name
     notes: tuple[str, ...] = ()  # lines on assumptions and differences
 
 
@@ -133,7 +134,7 @@ def from_theirs(
 
 
 def to_theirs(model: Model, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts our variables to their arrays, float32: the inverse of `from_theirs`.
+    """Converts our variables to their arrays, float32, and adds their constants: the inverse of `from_theirs`.
 
     Raises:
         MappingError: a variable is missing, or has no counterpart.
@@ -144,4 +145,5 @@ def to_theirs(model: Model, values: dict[str, np.ndarray]) -> dict[str, np.ndarr
     leftover = sorted(set(values) - {pair.ours for pair in model.pairs} - set(model.added))
     if leftover:
         raise MappingError(f"{model.name} has no place for {len(leftover)} variables, first {leftover[0]}")
-    return {p.theirs: np.ascontiguousarray(p.layout.to_theirs(values[p.ours]), np.float32) for p in model.pairs}
+    arrays = {p.theirs: np.ascontiguousarray(p.layout.to_theirs(values[p.ours]), np.float32) for p in model.pairs}
+    return {**arrays, **model.constants}

@@ -1,11 +1,12 @@
-"""torchvision's ResNets and ResNeXts, and its Faster and Mask R-CNN on ResNet-50 with a feature pyramid.
+"""torchvision's ResNets and ResNeXts, and both versions of its Faster and Mask R-CNN with a feature pyramid.
 
 Their padding is symmetric, which on even sizes equals our TF_PAD_MODE=False. Their images are RGB in [0, 1], normalised
 with ImageNet's mean and deviation, which are our defaults.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -112,24 +113,68 @@ def _classifier(arrays):
 # ------------------------------------------------------------------------------------------------------ detectors
 
 
+class Heads(NamedTuple):
+    """The architecture of a detector beside its backbone. The second version of theirs has batch norm everywhere."""
+
+    pyramid_norm: bool  # batch norm in the pyramid
+    rpn_convs: int  # 3x3 convolutions of the RPN
+    box_convs: bool  # four convolutions and one fully connected layer in the box head, not two fully connected ones
+    box_norm: bool  # batch norm in these convolutions
+    masks: bool  # a mask branch
+    mask_norm: bool  # batch norm in its convolutions
+
+    @classmethod
+    def of(cls, has: Callable[[str, str], bool]) -> "Heads":
+        """Derives it from the names of arrays. has: function (our name, theirs) -> whether there is such an array."""
+        count = 1  # today's name, or that before torchvision 0.11
+        while has(f"rpn/conv{count}/W", f"rpn.head.conv.{count}.0.weight"):
+            count += 1
+        return cls(
+            pyramid_norm=has("fpn/lateral_1x1_c2/bn/gamma", "backbone.fpn.inner_blocks.0.1.running_mean"),
+            rpn_convs=count,
+            box_convs=has("fastrcnn/conv0/W", "roi_heads.box_head.0.0.weight"),
+            box_norm=has("fastrcnn/conv0/bn/gamma", "roi_heads.box_head.0.1.running_mean"),
+            masks=has("maskrcnn/conv/W", "roi_heads.mask_predictor.mask_fcn_logits.weight"),
+            mask_norm=has("maskrcnn/fcn0/bn/gamma", "roi_heads.mask_head.0.1.running_mean"),
+        )
+
+    def settings(self) -> dict[str, object]:
+        """The settings {key: value} of this architecture."""
+        convs = "4conv1fc_bn" if self.box_norm else "4conv1fc" if self.box_convs else "2fc"
+        return {
+            "MODE_MASK": self.masks,
+            "FPN.NORM": "FreezeBN" if self.pyramid_norm or self.box_norm or self.mask_norm else "None",
+            "RPN.NUM_CONVS": self.rpn_convs,
+            "FPN.FRCNN_HEAD_FUNC": f"fastrcnn_{convs}_head",
+            "FPN.MRCNN_HEAD_FUNC": f"maskrcnn_up4conv{'_bn' if self.mask_norm else ''}_head",
+        }
+
+
+def _convolution(ours, theirs, has_norm):
+    """The pairs of a block of theirs: a convolution, with a bias or followed by batch norm."""
+    if has_norm:
+        return _norm_layer(ours, f"{theirs}.0", f"{theirs}.1")
+    return layer(ours, f"{theirs}.0", CONVOLUTION)
+
+
 def detector_pairs(
-    num_blocks: Sequence[int], num_convolutions: int, *, num_slots: int, slots: Sequence[int], masks: bool
+    num_blocks: Sequence[int], num_convolutions: int, heads: Heads, *, num_slots: int, slots: Sequence[int]
 ) -> list[Pair]:
     """The pairs of a Faster or Mask R-CNN with a feature pyramid.
 
     Args:
         num_blocks, num_convolutions: see `backbone_pairs`. num_slots: number of their classes, background included.
-        slots: as `class_slots` returns them. masks: whether there is a mask branch.
+        slots: as `class_slots` returns them.
     """
     pairs = backbone_pairs(num_blocks, num_convolutions, prefix=BODY)
     for i in range(4):
-        pairs += layer(f"fpn/lateral_1x1_c{i + 2}", f"backbone.fpn.inner_blocks.{i}.0", CONVOLUTION)
-        pairs += layer(f"fpn/posthoc_3x3_p{i + 2}", f"backbone.fpn.layer_blocks.{i}.0", CONVOLUTION)
-    pairs += layer("rpn/conv0", "rpn.head.conv.0.0", CONVOLUTION)
+        pairs += _convolution(f"fpn/lateral_1x1_c{i + 2}", f"backbone.fpn.inner_blocks.{i}", heads.pyramid_norm)
+        pairs += _convolution(f"fpn/posthoc_3x3_p{i + 2}", f"backbone.fpn.layer_blocks.{i}", heads.pyramid_norm)
+    for i in range(heads.rpn_convs):
+        pairs += layer(f"rpn/conv{i}", f"rpn.head.conv.{i}.0", CONVOLUTION)
     pairs += layer("rpn/class", "rpn.head.cls_logits", CONVOLUTION)
     pairs += layer("rpn/box", "rpn.head.bbox_pred", CONVOLUTION)
-    pairs += layer("fastrcnn/fc6", "roi_heads.box_head.fc6")
-    pairs += layer("fastrcnn/fc7", "roi_heads.box_head.fc7")
+    pairs += _box_head_pairs(heads)
     theirs, boxes = "roi_heads.box_predictor", dict(size=4, num_theirs=num_slots)
     pairs += layer(
         "fastrcnn/outputs/class",
@@ -143,13 +188,23 @@ def detector_pairs(
         per_class(slots, **boxes),
         per_class(slots, inner=SAME, **boxes),
     )
-    return pairs + (_mask_pairs(num_slots, slots) if masks else [])
+    return pairs + (_mask_pairs(heads, num_slots, slots) if heads.masks else [])
 
 
-def _mask_pairs(num_slots, slots):
+def _box_head_pairs(heads):
+    theirs = "roi_heads.box_head"
+    if not heads.box_convs:
+        return layer("fastrcnn/fc6", f"{theirs}.fc6") + layer("fastrcnn/fc7", f"{theirs}.fc7")
+    pairs = layer("fastrcnn/fc", f"{theirs}.5")  # the fourth is a flattening
+    for i in range(4):
+        pairs += _convolution(f"fastrcnn/conv{i}", f"{theirs}.{i}", heads.box_norm)
+    return pairs
+
+
+def _mask_pairs(heads, num_slots, slots):
     pairs, theirs = [], "roi_heads.mask_predictor"
     for i in range(4):
-        pairs += layer(f"maskrcnn/fcn{i}", f"roi_heads.mask_head.{i}.0", CONVOLUTION)
+        pairs += _convolution(f"maskrcnn/fcn{i}", f"roi_heads.mask_head.{i}", heads.mask_norm)
     pairs += layer("maskrcnn/deconv", f"{theirs}.conv5_mask", CONVOLUTION)
     masks = dict(num_theirs=num_slots)
     return pairs + layer(
@@ -171,17 +226,18 @@ def _detector(arrays, *, sha256, all_slots):
     name, num_blocks, num_convolutions = _shapes(arrays, BODY)
     num_slots = len(arrays.get("roi_heads.box_predictor.cls_score.bias", ()))
     slots = class_slots(num_slots, all_slots=all_slots)
-    masks = any(name.startswith("roi_heads.mask_predictor.") for name in arrays)
-    pairs = detector_pairs(num_blocks, num_convolutions, num_slots=num_slots, slots=slots, masks=masks)
+    heads = Heads.of(lambda ours, theirs: theirs in arrays)
+    pairs = detector_pairs(num_blocks, num_convolutions, heads, num_slots=num_slots, slots=slots)
     published = COCO_V1.get(sha256[:8])
-    settings = detector_settings(name, num_blocks, masks=masks, epsilon=0.0 if published else 1e-5)
+    settings = detector_settings(name, num_blocks, heads, epsilon=0.0 if published else 1e-5)
     return Model(
-        f"torchvision's {'Mask' if masks else 'Faster'} R-CNN with a feature pyramid"
+        f"torchvision's {'Mask' if heads.masks else 'Faster'} R-CNN with a feature pyramid"
+        + (", second version" if heads.pyramid_norm else "")
         + (f", {published}, as published" if published else ""),
         [pair._replace(theirs=_name_in(arrays, pair.theirs)) for pair in pairs],
         {**settings, **coco.settings(len(slots) - 1)},
         ignored=_counters(arrays),
-        notes=tuple(_notes(num_slots - len(slots), published)),
+        notes=tuple(_notes(num_slots - len(slots), is_epsilon_known=bool(published) or heads.pyramid_norm)),
     )
 
 
@@ -194,17 +250,17 @@ def _name_in(arrays, name):
     return name
 
 
-def detector_settings(name: str, num_blocks: Sequence[int], *, masks: bool, epsilon: float) -> dict[str, object]:
+def detector_settings(name: str, num_blocks: Sequence[int], heads: Heads, *, epsilon: float) -> dict[str, object]:
     """The settings {key: value} that a detector of theirs needs.
 
     Args:
-        name, num_blocks: BACKBONE.NAME and RESNET_NUM_BLOCKS. masks: MODE_MASK. epsilon: of batch norm.
+        name, num_blocks: BACKBONE.NAME and RESNET_NUM_BLOCKS. epsilon: of the backbone's batch norm.
     """
     return {
         "CONVENTIONS": "torchvision",
         "MODE_FPN": True,
-        "MODE_MASK": masks,
         "FPN.CASCADE": False,
+        **heads.settings(),
         **_backbone_settings(name, num_blocks, epsilon=epsilon),
         "RPN.ANCHOR_SIZES": [32, 64, 128, 256, 512],
         "RPN.ANCHOR_RATIOS": [0.5, 1.0, 2.0],
@@ -212,10 +268,10 @@ def detector_settings(name: str, num_blocks: Sequence[int], *, masks: bool, epsi
     }
 
 
-def _notes(num_dropped, published):
+def _notes(num_dropped, *, is_epsilon_known):
     if num_dropped:
         yield f"{num_dropped} class slots between COCO's ids, which no class uses, are dropped (--all-slots keeps them)"
-    if not published:
+    if not is_epsilon_known:
         yield (
             "batch norm's epsilon is assumed to be 1e-5; if training began with torchvision's weights on COCO, it was "
             "0: add --set BACKBONE.NORM_EPSILON=0"
@@ -236,35 +292,36 @@ def counterpart(values: dict[str, np.ndarray], settings: Config) -> Model:
     num_blocks = [_count_blocks(values, stage) for stage in range(4)]
     num_convolutions = 3 if "group0/block0/conv3/W" in values else 2
     name, epsilon = settings.BACKBONE.NAME, settings.BACKBONE.NORM_EPSILON
-    is_detector = "rpn/conv0/W" in values
-    if is_detector:
-        masks = "maskrcnn/conv/W" in values
-        needed = detector_settings(name, num_blocks, masks=masks, epsilon=epsilon)
+    heads = Heads.of(lambda ours, theirs: ours in values) if "rpn/conv0/W" in values else None
+    if heads:
+        needed = detector_settings(name, num_blocks, heads, epsilon=epsilon)
     else:
         needed = _backbone_settings(name, num_blocks, epsilon=epsilon)
-    other = {key: settings.value(key) for key, value in needed.items() if not _equal(settings.value(key), value)}
+    other = {key: settings.value(key) for key, value in needed.items() if not settings.fits(key, value)}
     if other:
         shown = ", ".join(f"{key}={value}" for key, value in other.items())
         raise MappingError(f"torchvision has no counterpart of models with {shown}")
-    if not is_detector:
+    if not heads:
         pairs = backbone_pairs(num_blocks, num_convolutions) + (layer("linear", "fc") if "linear/W" in values else [])
         return Model("torchvision's ResNet or ResNeXt", pairs, needed)
     num_classes = len(values.get("fastrcnn/outputs/class/b", [0])) - 1
     num_slots = coco.LAST_ID + 1 if settings.DATA.CLASS_NAMES[1:] == coco.NAMES else num_classes + 1
-    options = dict(
-        num_slots=num_slots, slots=class_slots(num_slots, all_slots=num_classes + 1 == num_slots), masks=masks
-    )
+    options = dict(num_slots=num_slots, slots=class_slots(num_slots, all_slots=num_classes + 1 == num_slots))
+    pairs = detector_pairs(num_blocks, num_convolutions, heads, **options)
     return Model(
-        f"torchvision's {'Mask' if masks else 'Faster'} R-CNN, num_classes={num_slots}",
-        detector_pairs(num_blocks, num_convolutions, **options),
+        f"torchvision's {'Mask' if heads.masks else 'Faster'} R-CNN, num_classes={num_slots}",
+        pairs,
         needed,
+        constants=_zero_counters(pairs) if heads.pyramid_norm else {},
         notes=(f"the epsilon of batch norm is {epsilon}: FrozenBatchNorm2d's default is 1e-5",),
     )
 
 
+def _zero_counters(pairs):
+    """The counters of batches beside the statistics of batch norms that are not frozen: they only tell training."""
+    means = (pair.theirs for pair in pairs if pair.theirs.endswith(".running_mean"))
+    return {name.replace("running_mean", "num_batches_tracked"): np.zeros([], np.int64) for name in means}
+
+
 def _count_blocks(values, stage):
     return sum(re.fullmatch(rf"group{stage}/block\d+/conv1/W", name) is not None for name in values)
-
-
-def _equal(ours, theirs):
-    return (list(ours) if isinstance(ours, tuple) else ours) == theirs

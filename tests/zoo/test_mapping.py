@@ -166,7 +166,8 @@ def test_names_of_keras():
 
 def test_settings_of_torchvisions_detectors():
     """Defaults of torchvision: anchors, box weights, ImageNet's statistics on a scale of 255."""
-    settings = torchvision.detector_settings("resnet", [3, 4, 6, 3], masks=False, epsilon=0.0)
+    heads = torchvision.Heads.of(lambda ours, theirs: False)
+    settings = torchvision.detector_settings("resnet", [3, 4, 6, 3], heads, epsilon=0.0)
     statistics = {"PREPROC.PIXEL_MEAN": (0.485, 0.456, 0.406), "PREPROC.PIXEL_STD": (0.229, 0.224, 0.225)}
     for key, values in statistics.items():
         np.testing.assert_allclose(settings.pop(key), 255 * np.array(values), rtol=1e-9)
@@ -175,6 +176,10 @@ def test_settings_of_torchvisions_detectors():
         "MODE_FPN": True,
         "MODE_MASK": False,
         "FPN.CASCADE": False,
+        "FPN.NORM": "None",
+        "FPN.FRCNN_HEAD_FUNC": "fastrcnn_2fc_head",
+        "FPN.MRCNN_HEAD_FUNC": "maskrcnn_up4conv_head",
+        "RPN.NUM_CONVS": 1,
         "BACKBONE.NAME": "resnet",
         "BACKBONE.RESNET_NUM_BLOCKS": [3, 4, 6, 3],
         "BACKBONE.STRIDE_1X1": False,
