@@ -216,33 +216,41 @@ def _linear(name, outputs, inputs):
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def _convolution(name, outputs, inputs, size, *, norm=False):
-    after = (
-        {f"{name}.norm.weight": (outputs,), f"{name}.norm.bias": (outputs,)} if norm else {f"{name}.bias": (outputs,)}
-    )
+AFFINE, STATISTICS = ("weight", "bias"), ("running_mean", "running_var")
+
+
+def _convolution(name, outputs, inputs, size, *, norm=None):
+    """norm: "GN" or "BN", in place of a bias."""
+    leaves = {None: (), "GN": AFFINE, "BN": AFFINE + STATISTICS}[norm]
+    after = {f"{name}.norm.{leaf}": (outputs,) for leaf in leaves} or {f"{name}.bias": (outputs,)}
     return {f"{name}.weight": (outputs, inputs, size, size), **after}
 
 
-def detector_shapes(*, is_c4=False, masks=True, cascade=False, group_norm=False):
-    """The arrays of Detectron2's Faster, Mask or Cascade R-CNN."""
+def detector_shapes(*, is_c4=False, masks=True, cascade=False, norm=None):
+    """The arrays of Detectron2's Faster, Mask or Cascade R-CNN.
+
+    Args:
+        norm: "GN", or "BN" as in its new baselines, with two convolutions in the RPN
+    """
     names = Detectron2Names("backbone.", "roi_heads.res5") if is_c4 else Detectron2Names("backbone.bottom_up.")
     shapes = resnet_shapes(names)
-    if group_norm:
+    if norm == "GN":
         shapes = Shapes({name: shape for name, shape in shapes.items() if "running" not in name})
     anchors, channels = (15, WIDTH * 16) if is_c4 else (3, CHANNELS)
-    shapes.update(_convolution("proposal_generator.rpn_head.conv", channels, channels, 3))
+    for name in ("conv.conv0", "conv.conv1") if norm == "BN" else ("conv",):
+        shapes.update(_convolution(f"proposal_generator.rpn_head.{name}", channels, channels, 3))
     shapes.update(_convolution("proposal_generator.rpn_head.objectness_logits", anchors, channels, 1))
     shapes.update(_convolution("proposal_generator.rpn_head.anchor_deltas", 4 * anchors, channels, 1))
     for i in () if is_c4 else (2, 3, 4, 5):
-        shapes.update(_convolution(f"backbone.fpn_lateral{i}", CHANNELS, WIDTH * 2**i, 1, norm=group_norm))
-        shapes.update(_convolution(f"backbone.fpn_output{i}", CHANNELS, CHANNELS, 3, norm=group_norm))
+        shapes.update(_convolution(f"backbone.fpn_lateral{i}", CHANNELS, WIDTH * 2**i, 1, norm=norm))
+        shapes.update(_convolution(f"backbone.fpn_output{i}", CHANNELS, CHANNELS, 3, norm=norm))
     for stage in ("0.", "1.", "2.") if cascade else ("",):
-        shapes.update(_box_head_shapes(stage, is_c4=is_c4, cascade=cascade, group_norm=group_norm))
+        shapes.update(_box_head_shapes(stage, is_c4=is_c4, cascade=cascade, norm=norm))
     if masks:
         inputs = WIDTH * 32 if is_c4 else CHANNELS
         for i in () if is_c4 else (1, 2, 3, 4):
             outputs = MASK_CHANNELS
-            shapes.update(_convolution(f"roi_heads.mask_head.mask_fcn{i}", outputs, inputs, 3, norm=group_norm))
+            shapes.update(_convolution(f"roi_heads.mask_head.mask_fcn{i}", outputs, inputs, 3, norm=norm))
             inputs = outputs
         shapes["roi_heads.mask_head.deconv.weight"] = (inputs, MASK_CHANNELS, 2, 2)
         shapes["roi_heads.mask_head.deconv.bias"] = (MASK_CHANNELS,)
@@ -250,13 +258,13 @@ def detector_shapes(*, is_c4=False, masks=True, cascade=False, group_norm=False)
     return shapes
 
 
-def _box_head_shapes(stage, *, is_c4, cascade, group_norm):
+def _box_head_shapes(stage, *, is_c4, cascade, norm):
     shapes, inputs, features = {}, CHANNELS * 49, FC_CHANNELS
     if is_c4:
         features = WIDTH * 32
-    elif group_norm:
+    elif norm:
         for i in (1, 2, 3, 4):
-            shapes.update(_convolution(f"roi_heads.box_head.{stage}conv{i}", CHANNELS, CHANNELS, 3, norm=True))
+            shapes.update(_convolution(f"roi_heads.box_head.{stage}conv{i}", CHANNELS, CHANNELS, 3, norm=norm))
         shapes.update(_linear(f"roi_heads.box_head.{stage}fc1", FC_CHANNELS, inputs))
     else:
         shapes.update(_linear(f"roi_heads.box_head.{stage}fc1", FC_CHANNELS, inputs))
@@ -305,6 +313,9 @@ def _convolve_norm_relu(arrays, name, x):
     y = convolve(
         x, arrays[f"{name}.weight"].transpose(2, 3, 1, 0), bias=arrays.get(f"{name}.bias", 0), before=1, after=1
     )
-    if f"{name}.norm.weight" in arrays:
+    if f"{name}.norm.running_mean" in arrays:
+        mean, variance, gamma, beta = (arrays[f"{name}.norm.{leaf}"] for leaf in (*STATISTICS, *AFFINE))
+        y = (y - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+    elif f"{name}.norm.weight" in arrays:
         y = group_norm(y, arrays[f"{name}.norm.weight"], arrays[f"{name}.norm.bias"], groups=min(32, y.shape[-1] // 2))
     return relu(y)

@@ -1,7 +1,7 @@
-"""Converts weights of other frameworks to this project's `.npz`, and back to torchvision's format.
+"""Converts weights of other frameworks to this project's `.npz`, and back to torchvision's and Detectron2's format.
 
     python -m tools.convert resnet50-0676ba61.pth ImageNet-R50.npz        torchvision, Detectron2 or Keras to ours
-    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to torchvision's state dict
+    python -m tools.convert train_log/rcnn detector.pth --to torchvision  ours to a state dict of torchvision
 
 A file is recognised by its content, not its name. The `.npz` carries the settings that the weights need; train.py and
 predict.py apply them. PyTorch, Detectron2 and Keras are not needed, and no code in a weights file is ever executed.
@@ -22,6 +22,8 @@ from config import Config, UserError, as_overrides
 from zoo import detectron2, files, keras, mapping, torchvision
 
 SYSTEMS = (torchvision, detectron2, keras)
+SYSTEMS_OF_EXPORT = {"torchvision": torchvision, "detectron2": detectron2}
+PREFIXES = ("module.", "model.")  # that wrappers of a whole model put before each name
 # Settings that follow from the shapes of our variables: key, pattern of the variable's name, axis.
 SIZES = (
     ("BACKBONE.WIDTH", r"conv0/W", 3),
@@ -36,12 +38,12 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(
         prog="tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help=".pth, .pkl, .h5 or .keras; with --to our checkpoint")
+    parser.add_argument("source", type=Path, help=".pth, .pkl, .safetensors, .h5 or .keras; with --to our checkpoint")
     parser.add_argument("output", type=Path, help="new file")
     parser.add_argument(
         "--allow-leftover", action="store_true", help="convert a file that holds more arrays than the model needs"
     )
-    parser.add_argument("--to", choices=["torchvision"], help="write a state dict of this framework")
+    parser.add_argument("--to", choices=SYSTEMS_OF_EXPORT, help="write a state dict of this framework")
     parser.add_argument("--all-slots", action="store_true", help="keep class slots that no class of COCO uses")
     set_help = "settings to carry in place of those that the tool assumes"
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=set_help)
@@ -59,7 +61,7 @@ def main(arguments):
 
 
 def export_weights(arguments):
-    """Converts our weights to torchvision's."""
+    """Converts our weights to those of another framework."""
     from common import weights  # starts TensorFlow, which the other direction does not need
 
     path = checkpoint.resolve(arguments.source)
@@ -68,7 +70,7 @@ def export_weights(arguments):
         settings.load(config_file)
     settings.adopt(checkpoint.carried_settings(path), source=path)
     settings.update(arguments.set)
-    model = torchvision.counterpart(values, settings)
+    model = SYSTEMS_OF_EXPORT[arguments.to].counterpart(values, settings)
     arrays = mapping.to_theirs(model, values)
     print(f"{path}: {model.name}" + (f", SHA-256 {_sha256(path)}" if path.is_file() else ""))
     print_table(arrays, model, values)
@@ -126,11 +128,17 @@ def recognise(arrays, **options):
 
 
 def _without_wrapping(arrays):
-    """The arrays of the model alone, without the folder and the optimizer's state of a training checkpoint."""
+    """The arrays of the model alone, without the folder and the optimizer's state of a training checkpoint, nor a
+    prefix that all names have.
+    """
     for folder in ("model/", "state_dict/", "blobs/"):
         inner = {name.removeprefix(folder): x for name, x in arrays.items() if name.startswith(folder)}
         if inner:
-            return inner
+            arrays = inner
+            break
+    for prefix in PREFIXES * 2:  # in either order
+        if all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): x for name, x in arrays.items()}
     return arrays
 
 

@@ -2,7 +2,8 @@
 
 `.pth` of PyTorch (both of its formats) and `.pkl` of Detectron2 are pickles. A restricted unpickler reads them, which
 accepts the parts of arrays and nothing else, without PyTorch and without NumPy's own unpickling. `.h5` and `.keras`
-need h5py, which TensorFlow brings along. `write_torch` writes the first of these formats.
+need h5py, which TensorFlow brings along, `.safetensors` the optional package of this name. `write_torch` writes the
+first of these formats.
 """
 
 import io
@@ -66,7 +67,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 def _reader(file):
     """The function that reads an open file, chosen by the first bytes."""
-    start = file.read(8)
+    start = file.read(9)
     file.seek(0)
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(file):
@@ -80,11 +81,13 @@ def _reader(file):
         raise WeightsFileError(
             "it is a zip archive of an unknown kind; .npz files are this project's own and need no conversion"
         )
-    if start == H5_MAGIC:
+    if start.startswith(H5_MAGIC):
         return _read_h5
+    if start[8:] == b"{":  # after the length of the header
+        return _read_safetensors
     if start[:1] == b"\x80" or start[:2] in (b"(d", b"}q"):
         return _read_pickle
-    raise WeightsFileError("it is no .pth, .pkl, .h5 or .keras file")
+    raise WeightsFileError("it is no .pth, .pkl, .safetensors, .h5 or .keras file")
 
 
 # ------------------------------------------------------------------------------------------------------ pickles
@@ -303,6 +306,18 @@ def _read_keras_archive(file):
         if info.compress_type != zipfile.ZIP_STORED:
             raise WeightsFileError("it is compressed, unlike a file of Keras")
         return _read_h5(io.BytesIO(archive.read(info)))
+
+
+# ------------------------------------------------------------------------------------------------------ safetensors
+
+
+def _read_safetensors(file):
+    """Reads the format of the package safetensors: a header in JSON, and the numbers."""
+    try:
+        from safetensors import numpy as safetensors  # here, because it is optional
+    except ImportError:
+        raise WeightsFileError("it needs one more package: .venv/bin/pip install safetensors") from None
+    return safetensors.load(file.read())
 
 
 # ------------------------------------------------------------------------------------------------------ writing

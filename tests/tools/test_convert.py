@@ -22,6 +22,7 @@ import pytest
 import tensorflow as tf
 import test_train
 from golden.synthetic import synthetic_image, synthetic_state_dict
+from safetensors.numpy import save_file
 from tensorpack.compat import tfv1
 
 from common import boxes as np_boxes
@@ -272,7 +273,9 @@ def area_as_torchvision_pastes(mask, box, size):
 VARIANTS = {
     "FPN": {},
     "FPN without masks": dict(masks=False),
-    "FPN, GroupNorm": dict(group_norm=True),
+    "FPN, GroupNorm": dict(norm="GN"),
+    "FPN, batch norm": dict(norm="BN"),
+    "Cascade, batch norm": dict(norm="BN", cascade=True),
     "C4": dict(is_c4=True),
     "Cascade": dict(cascade=True),
 }
@@ -473,6 +476,79 @@ def test_what_torchvision_computes_otherwise_is_not_written(variant, tmp_path):
     assert not (tmp_path / "second.pth").exists()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_detectors_go_back_to_detectron2(variant, tmp_path):
+    arrays = foreign.detector_shapes(**VARIANTS[variant]).arrays()
+    counter = {"backbone.bottom_up.stem.conv1.norm.num_batches_tracked": np.int64(7)}  # no weight
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays | counter), tmp_path / "first.npz")
+    run_convert(tmp_path / "first.npz", tmp_path / "second.pth", "--to", "detectron2")
+    again = files.read(tmp_path / "second.pth")
+    assert again.keys() == arrays.keys()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+
+def test_backbones_go_back_to_detectron2(tmp_path):
+    arrays = foreign.resnet_shapes(foreign.Detectron2Names("")).arrays()
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "first.npz")
+    run_convert(tmp_path / "first.npz", tmp_path / "second.pth", "--to", "detectron2")
+    again = files.read(tmp_path / "second.pth")
+    assert again.keys() == arrays.keys()
+    stem = "stem.conv1.weight"
+    for name, x in arrays.items():  # a backbone with statistics of batch norm had RGB images there
+        np.testing.assert_array_equal(again[name], x[:, ::-1] if name == stem else x, err_msg=name)
+
+
+def test_what_detectron2_has_not_is_not_written(tmp_path):
+    arrays = foreign.detector_shapes(norm="GN").arrays()
+    run_convert(write_detectron2(tmp_path / "source.pkl", arrays), tmp_path / "first.npz")
+    values, carried = weights.read(tmp_path / "first.npz"), checkpoint.carried_settings(tmp_path / "first.npz")
+    with pytest.raises(UserError, match="no counterpart of models with CONVENTIONS=tensorpack$"):
+        run_convert(tmp_path / "first.npz", tmp_path / "a.pth", "--to", "detectron2", "--set", "CONVENTIONS=tensorpack")
+    values["fpn/lateral_1x1_c3/b"][2] = 0.5
+    with open(tmp_path / "biased.npz", "wb") as file:
+        checkpoint.write_npz(file, values, carried)
+    with pytest.raises(UserError, match="no bias before a norm, but fpn/lateral_1x1_c3/b is not 0"):
+        run_convert(tmp_path / "biased.npz", tmp_path / "b.pth", "--to", "detectron2")
+
+
+def test_other_backbones_of_detectron2_are_named(tmp_path):
+    arrays = foreign.detector_shapes().arrays()
+    other = {name: x for name, x in arrays.items() if "bottom_up" not in name}
+    for stem, message in (
+        ("stem.conv.weight", "with a RegNet, which has no"),
+        ("blocks.0.weight", "with another backbone"),
+    ):
+        source = write_detectron2(tmp_path / f"{stem}.pkl", other | {f"backbone.bottom_up.{stem}": np.ones(3)})
+        with pytest.raises(UserError, match=message):
+            run_convert(source, tmp_path / "out.npz")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "model.module."])
+def test_a_prefix_of_all_names_is_stripped(prefix, tmp_path):
+    arrays = small_torchvision_detector()
+    run_convert(write_pth(tmp_path / "plain.pth", arrays), tmp_path / "plain.npz")
+    wrapped = {f"{prefix}{name}": x for name, x in arrays.items()}
+    run_convert(write_pth(tmp_path / "wrapped.pth", wrapped), tmp_path / "wrapped.npz")
+    assert (tmp_path / "plain.npz").read_bytes() == (tmp_path / "wrapped.npz").read_bytes()
+
+
+def test_safetensors_are_read(tmp_path, monkeypatch):
+    arrays = small_torchvision_detector()
+    run_convert(write_pth(tmp_path / "a.pth", arrays), tmp_path / "a.npz")
+    save_file(arrays, tmp_path / "b.safetensors", {"format": "pt"})
+    run_convert(tmp_path / "b.safetensors", tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    whole = (tmp_path / "b.safetensors").read_bytes()
+    for damaged in (whole[:-5], whole[:5000], whole[:9] + b"x" + whole[10:]):
+        (tmp_path / "c.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="c.safetensors is cut off or damaged: "):
+            run_convert(tmp_path / "c.safetensors", tmp_path / "c.npz")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="b.safetensors: it needs one more package: .venv/bin/pip install safetensors"):
+        run_convert(tmp_path / "b.safetensors", tmp_path / "d.npz")
+
+
 def test_group_norm_and_unknown_heads_are_not_written_or_read(tmp_path):
     """What has no place on the other side is named."""
     source = write_detectron(tmp_path / "gn.pkl", foreign.resnet_shapes(foreign.GroupNormDetectronNames()).arrays())
@@ -656,7 +732,7 @@ def test_truncated_files_are_refused_in_one_line(kind, share, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello, world", "it is no .pth, .pkl, .h5 or .keras file"),
+        (b"hello, world", "it is no .pth, .pkl, .safetensors, .h5 or .keras file"),
         (pickle.dumps([1, 2, 3]), "holds no arrays by name"),
         (pickle.dumps({"model": {"a": np.array([{}])}}), "arrays of objects"),
         (pickle.dumps({"other.weight": np.zeros(3)}), "is no model that is known here; it holds other.weight"),

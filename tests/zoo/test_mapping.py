@@ -104,7 +104,7 @@ def test_slots_of_torchvisions_classes():
 )
 def test_pixels_and_stride_of_detectron2s_zoo(arrays, backbone, stride_1x1, std, is_rgb):
     """As the model zoo's configurations have them."""
-    settings, found_rgb, _ = detectron2._pixels(detectron2._Names(arrays, ""), backbone)
+    settings, found_rgb, _ = detectron2._pixels(detectron2._Names(arrays, is_c4=None), backbone)
     assert settings == {
         "BACKBONE.STRIDE_1X1": stride_1x1,
         "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -138,8 +138,8 @@ def test_arrays_of_detectron2_that_are_no_weights():
 
 def test_names_of_detectron():
     """As in ImageNetPretrained/MSRA/R-50.pkl and FAIR's with GroupNorm."""
-    names = detectron2._Names({"res2_0_branch2a_w": 0}, "")
-    group = detectron2._Names({"res2_0_branch2a_w": 0, "res2_0_branch2a_gn_s": 0}, "")
+    names = detectron2._Names({"res2_0_branch2a_w": 0}, is_c4=None)
+    group = detectron2._Names({"res2_0_branch2a_w": 0, "res2_0_branch2a_gn_s": 0}, is_c4=None)
     for found, expected in (
         (names.in_file("stem.conv1.weight"), "conv1_w"),
         (names.in_file("stem.conv1.norm.weight"), "res_conv1_bn_s"),
