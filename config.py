@@ -101,6 +101,7 @@ DEFAULTS = dict(
         TRANSFORMS=[],  # names of transforms that plugins register, applied to training examples in this order
         TEST_SHORT_EDGE_SIZE=800,  # images are resized to this length of the short edge ...
         MAX_SIZE=1333,  # ... or less, if the long edge would exceed this; FPN: rounded up to a multiple of 32
+        ANTIALIAS=False,  # shrink images with antialiasing, as Detectron2 does; converted weights set it
         PIXEL_MEAN=[123.675, 116.28, 103.53],  # subtracted; red, green, blue on a scale of 0..255
         PIXEL_STD=[58.395, 57.12, 57.375],  # divided by
     ),
@@ -192,6 +193,7 @@ OF_WEIGHTS = (
     "BACKBONE.TF_PAD_MODE",
     "PREPROC.PIXEL_MEAN",
     "PREPROC.PIXEL_STD",
+    "PREPROC.ANTIALIAS",
     "RPN.ANCHOR_SIZES",
     "RPN.ANCHOR_RATIOS",
     "FRCNN.BBOX_REG_WEIGHTS",

@@ -31,8 +31,6 @@ from dataset.images import (
     SkippedImages,
     load_record_image,
     pad_images,
-    resize_image,
-    resized_shape,
 )
 from dataset.record import Record
 
@@ -50,6 +48,7 @@ def training_data(
     augmentation = Augmentation(
         short_edge=settings.PREPROC.TRAIN_SHORT_EDGE_SIZE,
         max_size=largest_edge(settings),
+        antialias=settings.PREPROC.ANTIALIAS,
         crop_size=settings.PREPROC.TRAIN_CROP_SIZE,
         crop_scale=settings.PREPROC.TRAIN_CROP_SCALE,
         color_jitter=settings.PREPROC.COLOR_JITTER,
@@ -87,7 +86,8 @@ def inference_geometry(settings: Config) -> Geometry:
     """Returns the sizes of images in evaluation and prediction; with several TEST.TTA_SCALES, for the largest."""
     scale = max(settings.TEST.TTA_SCALES)
     short_edge = round(settings.PREPROC.TEST_SHORT_EDGE_SIZE * scale)
-    return Geometry(short_edge, largest_edge(settings) * scale, padding_multiple(settings))
+    max_size, multiple = largest_edge(settings) * scale, padding_multiple(settings)
+    return Geometry(short_edge, max_size, multiple, settings.PREPROC.ANTIALIAS)
 
 
 def evaluation_data(
@@ -318,16 +318,17 @@ class EvaluationData:
         short_edge: int,
         max_size: float,
         multiple: int,
+        antialias: bool = False,
         max_dropped: float = 0.0,
         num_threads: int = 0,
         shard_index: int = 0,
         num_shards: int = 1,
     ):
-        """Arguments as in TrainingData and `resized_shape`; `num_threads=0` decodes in the calling thread."""
+        """Arguments as in TrainingData and Geometry; `num_threads=0` decodes in the calling thread."""
         self._records, self._max_dropped = records, max_dropped
         self._shard_index, self._num_shards = shard_index, num_shards
-        self._batch_size, self._multiple, self._num_threads = batch_size, multiple, num_threads
-        self._resize = {"short_edge": short_edge, "max_size": max_size}
+        self._batch_size, self._num_threads = batch_size, num_threads
+        self._geometry = Geometry(short_edge, max_size, multiple, antialias)
 
     def __iter__(self) -> Iterator[tuple[list[Record], dict[str, np.ndarray]]]:
         skipped = SkippedImages(len(self._records), self._max_dropped)
@@ -338,7 +339,7 @@ class EvaluationData:
             usable = [(record, image) for record, image in loaded if not isinstance(image, ImageError)]
             if usable:
                 records, images = zip(*usable)
-                image, image_shape = pad_images(images, multiple=self._multiple)
+                image, image_shape = pad_images(images, multiple=self._geometry.multiple)
                 yield list(records), {"image": image, "image_shape": image_shape}
 
     def _loaded(self):
@@ -364,15 +365,13 @@ class EvaluationData:
                 yield records
 
     def _padded_shape(self, record):
-        return tuple(
-            round_up(edge, self._multiple) for edge in resized_shape(record.height, record.width, **self._resize)
-        )
+        return self._geometry.padded_shape(record.height, record.width)
 
     def _load(self, records):
         loaded = []
         for record in records:
             try:
-                loaded.append((record, resize_image(load_record_image(record), **self._resize)))
+                loaded.append((record, self._geometry.resize(load_record_image(record))))
             except ImageError as error:
                 loaded.append((record, error))
         return loaded

@@ -48,6 +48,7 @@ class Augmentation(NamedTuple):
 
     short_edge: int | tuple[int, ...]  # pixels: one size; (low, high), drawn evenly, inclusive; or 3 and more choices
     max_size: float  # limit of the long edge in pixels
+    antialias: bool = False  # see `dataset.images.resize`
     # Side S of the square cut out at a random place, or 0. Before the cut, the long edge is resized to S times a random
     # factor (large-scale jitter, arXiv:2012.07177) instead of the sizes above.
     crop_size: int = 0
@@ -109,7 +110,7 @@ class ExampleMaker:
         flip = bool(rng.random() < 0.5)
         if flip:
             image = cv2.flip(image, 1)
-        image = resize_image(image, **augmentation.draw_size(rng))
+        image = resize_image(image, **augmentation.draw_size(rng), antialias=augmentation.antialias)
         height, width = image.shape[:2]
         image, left, top = _random_crop(image, augmentation.crop_size, rng)
         scale_x = width / file_width

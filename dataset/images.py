@@ -241,6 +241,7 @@ class Geometry(NamedTuple):
     short_edge: int  # see `resized_shape`
     max_size: float  # see `resized_shape`
     multiple: int  # see `pad_images`
+    antialias: bool = False  # see `resize`
 
     def padded_shape(self, height: int, width: int) -> tuple[int, int]:
         """Returns the (height, width) of a batch of one image of this size."""
@@ -249,8 +250,11 @@ class Geometry(NamedTuple):
 
     def batch(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Resizes images [H, W, 3] and pads them to a batch: see `pad_images`."""
-        resized = [resize_image(image, short_edge=self.short_edge, max_size=self.max_size) for image in images]
-        return pad_images(resized, multiple=self.multiple)
+        return pad_images([self.resize(image) for image in images], multiple=self.multiple)
+
+    def resize(self, image: np.ndarray) -> np.ndarray:
+        """Resizes one image [H, W, 3]."""
+        return resize_image(image, short_edge=self.short_edge, max_size=self.max_size, antialias=self.antialias)
 
 
 def resized_shape(height: int, width: int, *, short_edge: float, max_size: float) -> tuple[int, int]:
@@ -265,9 +269,21 @@ def resized_shape(height: int, width: int, *, short_edge: float, max_size: float
     return max(int(height * scale + 0.5), smallest), max(int(width * scale + 0.5), smallest)
 
 
-def resize_image(image: np.ndarray, *, short_edge: float, max_size: float) -> np.ndarray:
-    """Resizes an image [H, W, 3] to its `resized_shape`: uint8, bilinear."""
+def resize_image(image: np.ndarray, *, short_edge: float, max_size: float, antialias: bool = False) -> np.ndarray:
+    """Resizes an image [H, W, 3] to its `resized_shape`: see `resize`."""
     height, width = resized_shape(*image.shape[:2], short_edge=short_edge, max_size=max_size)
+    return resize(image, height, width, antialias=antialias)
+
+
+def resize(image: np.ndarray, height: int, width: int, *, antialias: bool) -> np.ndarray:
+    """Resizes an image, uint8 [H, W, 3] to uint8 [height, width, 3], bilinearly.
+
+    Args:
+        antialias: average all pixels under a triangle as wide as two pixels of the result, as Pillow does. Otherwise
+            each pixel of the result is interpolated from four, whatever the scale, as OpenCV does.
+    """
+    if antialias:
+        return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 

@@ -32,7 +32,7 @@ import tensorflow as tf
 from common import weights
 from common.files import Whole, writing
 from config import UserError, round_up, uses_augmentation
-from dataset.images import MIN_EDGE, resize_image
+from dataset.images import MIN_EDGE
 from inference import tf_images
 from inference.graph import session_config
 from inference.predictor import Predictor, check_finite
@@ -108,10 +108,10 @@ class CompleteFormat:
 
     def _detect(self, image, image_shape):
         """box_head.Detections with boxes in pixels of the images."""
-        short_edge, max_size, multiple = self._predictor.geometry
+        short_edge, max_size, multiple, antialias = self._predictor.geometry
         new_shape = tf_images.resized_shape(image_shape, short_edge=short_edge, max_size=max_size, min_edge=MIN_EDGE)
         size = round_up(tf.reduce_max(new_shape, axis=0), multiple)
-        resized = tf_images.resize(image, image_shape, new_shape, size)
+        resized = tf_images.resize(image, image_shape, new_shape, size, antialias=antialias)
         found = rcnn.build_inference(self._predictor.settings, resized, new_shape)
         factors = tf.cast(image_shape / new_shape, tf.float32)
         limits = tf.cast(image_shape, tf.float32)
@@ -159,7 +159,7 @@ class TensorpackFormat:
     def feed(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """See CompleteFormat.feed."""
         geometry = self._predictor.geometry
-        resized = resize_image(image, short_edge=geometry.short_edge, max_size=geometry.max_size)
+        resized = geometry.resize(image)
         return {"image": resized.astype(np.float32)}
 
     def read(self, outputs: dict[str, np.ndarray]) -> Compared:

@@ -130,6 +130,7 @@ def with_augmentation(settings: Config, network: Callable) -> Callable:
         multiple=padding_multiple(settings),
         iou_threshold=settings.TEST.FRCNN_NMS_THRESH,
         max_per_image=settings.TEST.RESULTS_PER_IM,
+        antialias=settings.PREPROC.ANTIALIAS,
     )
 
 

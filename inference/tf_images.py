@@ -7,6 +7,7 @@ import tensorflow as tf
 
 EXIF_LIMIT = 2**16  # the orientation is searched for in this many bytes at the start of a file
 COEFFICIENT_BITS = 11  # of OpenCV's fixed-point interpolation
+PILLOW_BITS = 22  # of Pillow's
 
 
 def decode_images(contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -88,11 +89,10 @@ def resized_shape(image_shape: tf.Tensor, *, short_edge: int, max_size: float, m
     return tf.maximum(tf.cast(edges * scale[:, None] + 0.5, tf.int32), min(min_edge, short_edge))
 
 
-def resize(image: tf.Tensor, image_shape: tf.Tensor, new_shape: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """Resizes each image of a padded batch, with the exact result of cv2.resize(..., INTER_LINEAR) for uint8.
-
-    OpenCV interpolates along x first, with weights rounded to 11 bits, and drops 4 bits of the result. It drops 16 bits
-    of the products with the weights along y, and rounds their sum to 8 bits (its modules/imgproc/src/resize.cpp).
+def resize(
+    image: tf.Tensor, image_shape: tf.Tensor, new_shape: tf.Tensor, size: tf.Tensor, *, antialias: bool
+) -> tf.Tensor:
+    """Resizes each image of a padded batch, with the exact result of dataset.images.resize.
 
     Args:
         image: uint8 [N, H, W, 3]. image_shape, new_shape: int32 [N, 2], height and width before and after.
@@ -100,14 +100,63 @@ def resize(image: tf.Tensor, image_shape: tf.Tensor, new_shape: tf.Tensor, size:
     Returns:
         uint8 [N, h, w, 3], zeros beyond new_shape
     """
+    resized = (_resize_as_pillow if antialias else _resize_as_opencv)(image, image_shape, new_shape, size)
+    inside = [tf.sequence_mask(new_shape[:, axis], size[axis], tf.uint8) for axis in (0, 1)]
+    return resized * (inside[0][:, :, None] * inside[1][:, None, :])[..., None]
+
+
+def _resize_as_pillow(image, image_shape, new_shape, size):
+    """`resize` as Pillow's BILINEAR: along x, then y, rounded in between (its src/libImaging/Resample.c)."""
+    for axis in (1, 0):
+        image = _average(image, image_shape[:, axis], new_shape[:, axis], size[axis], axis=axis + 1)
+    return image
+
+
+def _average(image, old, new, size, *, axis):
+    """Averages along one axis under a triangle around each new pixel's centre, with weights of 22 bits.
+
+    Args:
+        image: uint8 [N, H, W, 3]. old, new: int32 [N], edges in pixels. size: of the result. axis: 1 or 2.
+    """
+    scale = tf.cast(old, tf.float64)[:, None] / tf.cast(new, tf.float64)[:, None]
+    radius = tf.maximum(scale, 1.0)
+    center = (tf.cast(tf.range(size), tf.float64) + 0.5) * scale
+    # Positions of empty images and beyond `new` only have to stay inside.
+    first = tf.cast(tf.maximum(center - radius + 0.5, 0.0), tf.int32)
+    last = tf.minimum(tf.cast(center + radius + 0.5, tf.int32), old[:, None])
+    taps = tf.maximum(tf.reduce_max(last - first), 1)
+    pixel = first[:, :, None] + tf.range(taps)
+    distance = (tf.cast(pixel, tf.float64) - center[:, :, None] + 0.5) * (1.0 / radius)[:, :, None]
+    weights = tf.where(pixel < last[:, :, None], tf.maximum(1.0 - tf.abs(distance), 0.0), 0.0)
+    weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=2, keepdims=True))
+    weights = tf.cast(weights * 2.0**PILLOW_BITS + 0.5, tf.int32)
+    pixel = tf.minimum(pixel, old[:, None, None] - 1)
+
+    def add(tap, total):
+        taken = tf.cast(tf.gather(image, pixel[:, :, tap], axis=axis, batch_dims=1), tf.int32)
+        weight = weights[:, :, tap]
+        return tap + 1, total + taken * (weight[:, None, :, None] if axis == 2 else weight[:, :, None, None])
+
+    shape = tf.shape(image)
+    shape = tf.concat([shape[:axis], [size], shape[axis + 1 :]], axis=0)
+    start = 0, tf.fill(shape, 2 ** (PILLOW_BITS - 1))
+    invariants = tf.TensorShape([]), tf.TensorShape([None, None, None, 3])
+    total = tf.while_loop(lambda tap, _: tap < taps, add, start, shape_invariants=invariants)[1]
+    return tf.cast(tf.clip_by_value(tf.bitwise.right_shift(total, PILLOW_BITS), 0, 255), tf.uint8)
+
+
+def _resize_as_opencv(image, image_shape, new_shape, size):
+    """`resize` as cv2.resize(..., INTER_LINEAR) for uint8.
+
+    OpenCV interpolates along x first, with weights rounded to 11 bits, and drops 4 bits of the result. It drops 16 bits
+    of the products with the weights along y, and rounds their sum to 8 bits (its modules/imgproc/src/resize.cpp).
+    """
     rows, row_weights = _interpolation(image_shape[:, 0], new_shape[:, 0], size[0], weight_at_border=True)
     columns, column_weights = _interpolation(image_shape[:, 1], new_shape[:, 1], size[1], weight_at_border=False)
     lines = [_blend_columns(tf.gather(image, index, batch_dims=1), columns, column_weights) for index in rows]
     shift = tf.bitwise.right_shift
     parts = [shift(weight[:, :, None, None] * shift(line, 4), 16) for line, weight in zip(lines, row_weights)]
-    values = tf.cast(shift(parts[0] + parts[1] + 2, 2), tf.uint8)
-    inside = [tf.sequence_mask(new_shape[:, axis], size[axis], tf.uint8) for axis in (0, 1)]
-    return values * (inside[0][:, :, None] * inside[1][:, None, :])[..., None]
+    return tf.cast(shift(parts[0] + parts[1] + 2, 2), tf.uint8)
 
 
 def _blend_columns(image, columns, weights):

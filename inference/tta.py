@@ -10,12 +10,19 @@ import cv2
 import numpy as np
 
 from common import boxes as np_boxes
-from dataset.images import pad_images
+from dataset.images import pad_images, resize
 from modeling.box_head import Detections
 
 
 def augmented(
-    network: Callable, *, scales: Sequence[float], flip: bool, multiple: int, iou_threshold: float, max_per_image: int
+    network: Callable,
+    *,
+    scales: Sequence[float],
+    flip: bool,
+    multiple: int,
+    iou_threshold: float,
+    max_per_image: int,
+    antialias: bool = False,
 ) -> Callable:
     """Returns a function like `network` (see inference/graph.py) that runs it on each view of the images, and merges
     the detections.
@@ -23,14 +30,14 @@ def augmented(
     Args:
         scales: in units of the test size. The function takes images at the size of the largest scale.
         flip: whether to add a mirrored copy of each view. multiple: padded sizes are multiples of it.
-        iou_threshold, max_per_image: see `merge`.
+        iou_threshold, max_per_image: see `merge`. antialias: see `dataset.images.resize`.
     """
 
     def predict_views(image, image_shape):
         originals = [pixels[:height, :width] for pixels, (height, width) in zip(image, image_shape)]
         found = []
         for scale in scales:
-            views = [_resized(original, scale / max(scales)) for original in originals]
+            views = [_resized(original, scale / max(scales), antialias) for original in originals]
             for mirrored in (False, True) if flip else (False,):
                 batch, shapes = pad_images([view[:, ::-1] if mirrored else view for view in views], multiple=multiple)
                 detections = network(batch, shapes)
@@ -42,11 +49,10 @@ def augmented(
     return predict_views
 
 
-def _resized(image, factor):
+def _resized(image, factor, antialias):
     if factor == 1:
         return image
-    size = [max(1, round(edge * factor)) for edge in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
+    return resize(image, *(max(1, round(edge * factor)) for edge in image.shape[:2]), antialias=antialias)
 
 
 def _in_original(found, shapes, original_shapes, *, mirrored):

@@ -166,6 +166,8 @@ class _Conventions(NamedTuple):
     fitted_anchors: bool  # spacing: padded image size // map size, instead of the level's stride
     largest_box: float | None  # limit in pixels of a box grown from the smallest anchor; None: the largest image
     norm_first: bool  # in box and mask heads: GroupNorm before ReLU
+    best_first: bool  # see `rpn.anchor_targets`
+    across_border: bool  # see `rpn.anchor_targets`
 
 
 REFERENCE = _Conventions(
@@ -175,14 +177,17 @@ REFERENCE = _Conventions(
     fitted_anchors=False,
     largest_box=None,
     norm_first=False,
+    best_first=False,
+    across_border=False,
 )
+_OF_PYTORCH = REFERENCE._replace(largest_box=1000, norm_first=True, best_first=True, across_border=True)
 CONVENTIONS = Registry("CONVENTIONS")
 CONVENTIONS.register("tensorpack", REFERENCE)
 CONVENTIONS.register(
     "torchvision",
-    REFERENCE._replace(half_pixel=False, rounded_anchors=True, fitted_anchors=True, largest_box=1000, norm_first=True),
+    _OF_PYTORCH._replace(half_pixel=False, rounded_anchors=True, fitted_anchors=True),
 )
-CONVENTIONS.register("detectron2", REFERENCE._replace(adaptive=True, largest_box=1000, norm_first=True))
+CONVENTIONS.register("detectron2", _OF_PYTORCH._replace(adaptive=True))
 
 
 def _conventions(settings):
@@ -360,6 +365,8 @@ def _rpn_losses(settings, features, anchors, image_shape, gt_boxes, gt_labels, s
         foreground_iou=settings.RPN.POSITIVE_ANCHOR_THRESH,
         background_iou=settings.RPN.NEGATIVE_ANCHOR_THRESH,
         crowd_overlap=settings.RPN.CROWD_OVERLAP_THRESH,
+        best_first=_conventions(settings).best_first,
+        across_border=_conventions(settings).across_border,
     )
     picked = box_ops.sample(
         targets.is_foreground,

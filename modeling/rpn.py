@@ -184,9 +184,19 @@ class AnchorTargets(NamedTuple):
 
 
 def anchor_targets(
-    anchors, is_valid, image_shape, gt_boxes, gt_labels, *, foreground_iou, background_iou, crowd_overlap
+    anchors,
+    is_valid,
+    image_shape,
+    gt_boxes,
+    gt_labels,
+    *,
+    foreground_iou,
+    background_iou,
+    crowd_overlap,
+    best_first=False,
+    across_border=False,
 ):
-    """Labels anchors. Only those entirely inside the image take part (arXiv:1506.01497 sec. 3.1.2).
+    """Labels anchors (arXiv:1506.01497 sec. 3.1.2).
 
     Args:
         anchors: float32 [A, 4]. is_valid: bool [N, A]. image_shape: int32 [N, 2].
@@ -194,13 +204,18 @@ def anchor_targets(
         foreground_iou, background_iou: anchors are foreground at or above the first, background below the second; an
             object's best anchors are foreground, too, unless they are background
         crowd_overlap: anchors with a larger share inside a crowd region are ignored; >= 1 disables this
+        best_first: an object's best anchors that overlap with it are foreground even below `background_iou`
+        across_border: anchors that extend beyond the image take part, too
     Returns:
         AnchorTargets
     """
-    candidate = is_valid & _is_inside(anchors, image_shape)
-    found = _match(anchors, candidate, gt_boxes, gt_labels, crowd_overlap=crowd_overlap)
-    # Background takes precedence: an object's best anchor may still be below `background_iou`.
+    candidate = is_valid if across_border else is_valid & _is_inside(anchors, image_shape)
+    # In the reference, all candidates are the best of an object that none of them overlaps.
+    least_best = float(np.finfo(np.float32).tiny) if best_first else 0.0
+    found = _match(anchors, candidate, gt_boxes, gt_labels, crowd_overlap=crowd_overlap, least_best=least_best)
     is_background = candidate & (found.best_iou < background_iou)
+    if best_first:
+        is_background &= ~found.is_best
     is_foreground = candidate & (found.is_best | (found.best_iou >= foreground_iou)) & ~is_background
     if crowd_overlap < 1:
         is_foreground, is_background = is_foreground & ~found.is_crowd, is_background & ~found.is_crowd
@@ -216,9 +231,12 @@ class _Matches(NamedTuple):
     is_crowd: tf.Tensor  # bool [N, A], covered by a crowd region
 
 
-def _match(anchors, candidate, gt_boxes, gt_labels, *, crowd_overlap):
+def _match(anchors, candidate, gt_boxes, gt_labels, *, crowd_overlap, least_best):
     """Compares anchors [A, 4] with the ground truths, OBJECTS of these at a time: the memory of all pairs would grow
-    with their number. `candidate`: bool [N, A]. Returns _Matches.
+    with their number. Returns _Matches.
+
+    Args:
+        candidate: bool [N, A]. least_best: IoU that an object's best anchors must have
     """
     shape, count = tf.shape(candidate), tf.shape(gt_labels)[1]
 
@@ -229,7 +247,7 @@ def _match(anchors, candidate, gt_boxes, gt_labels, *, crowd_overlap):
         best_iou, best_of_gt = tf.reduce_max(iou, axis=2), tf.reduce_max(iou, axis=1, keepdims=True)
         is_better = best_iou > known.best_iou
         index = tf.argmax(iou, axis=2) + tf.cast(start, tf.int64)
-        best_of_gt = tf.where(best_of_gt < 0, math.inf, best_of_gt)  # no anchor is the best without a usable pair
+        best_of_gt = tf.where(best_of_gt < least_best, math.inf, best_of_gt)
         is_best = tf.reduce_any(tf.equal(iou, best_of_gt), axis=2)
         is_crowd = known.is_crowd
         if crowd_overlap < 1:

@@ -127,6 +127,7 @@ def test_defaults_are_the_references():
         "BACKBONE.NORM_EPSILON": 1e-5,
         "BACKBONE.WIDTH": 64,
         "RPN.NUM_CONVS": 1,
+        "PREPROC.ANTIALIAS": False,
         "DATA.CATEGORY_IDS": (),
         "DATA.MAX_DROPPED": 0.01,
         "DATA.REPEAT_THRESHOLD": 0.0,
@@ -371,11 +372,23 @@ def test_every_key_that_changes_what_weights_compute_is_theirs():
         "CASCADE.BBOX_REG_WEIGHTS",
         "CONVENTIONS",
         "FRCNN.BBOX_REG_WEIGHTS",
+        "PREPROC.ANTIALIAS",
         "PREPROC.PIXEL_MEAN",
         "PREPROC.PIXEL_STD",
         "RPN.ANCHOR_RATIOS",
         "RPN.ANCHOR_SIZES",
     ]
+
+
+@pytest.mark.parametrize("key", ["BACKBONE.NORM", "FPN.NORM"])
+def test_batch_norm_of_weights_may_be_frozen_or_not(key):
+    for needed, given in (("FreezeBN", "SyncBN"), ("SyncBN", "FreezeBN"), ("GN", "GN")):
+        settings = updated(f"{key}={given}")
+        settings.adopt({key: needed}, source="weights.npz")
+        assert settings.value(key) == given
+    for needed, given in (("FreezeBN", "GN"), ("GN", "SyncBN"), ("FreezeBN", "None")):
+        message = message_of(lambda: updated(f"{key}={given}").adopt({key: needed}, source="weights.npz"))
+        assert message == f"weights.npz requires {key}={needed}, but --config sets {key}={given}"
 
 
 @pytest.mark.parametrize("key", FLAT_DEFAULTS)

@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BAR, MODULE_BAR = 0.95, 0.90  # shares of the mutations that run
 KILLED, SURVIVED, UNDECIDED = "killed", "survived", "undecided"
 OUTCOMES = {0: SURVIVED, 1: KILLED}  # by pytest's exit code; others mean that the tests did not run
-PATIENCE, SHORTEST = 10, 60  # a mutation's time: so many times the unmutated tests', at least this many seconds
+PATIENCE, SHORTEST = 5, 60  # a test's time: so many times the unmutated tests', at least this many seconds
 LONGEST = 3600  # seconds for the unmutated tests
 
 
@@ -163,17 +163,19 @@ def run_tests(folder: Path, tests: tuple[str, ...], *, seconds: float, caches: b
     """Runs pytest in a folder up to its first failure.
 
     Args:
+        seconds: after which a test fails, even within TensorFlow; all together have twice that
         caches: keep compiled files for later runs
     Returns:
-        pytest's exit code, None after `seconds`. No process that it started is left.
+        pytest's exit code, None after twice `seconds`. No process that it started is left.
     """
     environment = {**os.environ, **({} if caches else {"PYTHONDONTWRITEBYTECODE": "1"})}
     environment.setdefault("RCNN_COCO_TINY", str(ROOT.parent / "shared" / "coco_tiny"))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    limit = [f"--timeout={seconds}", "--timeout-method=thread"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *limit, *tests]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
     with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet) as process:
         try:
-            return process.wait(seconds)
+            return process.wait(2 * seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:

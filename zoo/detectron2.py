@@ -285,6 +285,7 @@ def _detector_settings(names):
     is_cascade = _is_cascade(names)
     return {
         "CONVENTIONS": "detectron2",
+        "PREPROC.ANTIALIAS": True,
         "MODE_FPN": not names.is_c4,
         "MODE_MASK": _has_masks(names),
         "RPN.NUM_CONVS": _num_rpn_convs(names),

@@ -258,6 +258,7 @@ def detector_settings(name: str, num_blocks: Sequence[int], heads: Heads, *, eps
     """
     return {
         "CONVENTIONS": "torchvision",
+        "PREPROC.ANTIALIAS": False,
         "MODE_FPN": True,
         "FPN.CASCADE": False,
         **heads.settings(),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import paste_mask
+from PIL import Image
 
 from dataset.images import MIN_EDGE, pad_images, resized_shape
 from inference import tf_images
@@ -14,14 +15,20 @@ from inference import tf_images
 tfv1 = tf.compat.v1
 
 
-@pytest.fixture(scope="module")
-def resize():
-    """Resizes a batch in TensorFlow, into a larger frame than it needs."""
+@pytest.fixture(scope="module", params=[False, True], ids=["OpenCV", "Pillow"])
+def resize(request):
+    """Resizes a batch in TensorFlow, into a larger frame than it needs; and an image by the library."""
     with tf.Graph().as_default(), tfv1.Session() as session:
         image = tfv1.placeholder(tf.uint8, [None, None, None, 3])
         old, new = (tfv1.placeholder(tf.int32, [None, 2]) for _ in range(2))
-        resized = tf_images.resize(image, old, new, tf.reduce_max(new, axis=0) + 3)
-        yield lambda *arrays: session.run(resized, dict(zip((image, old, new), arrays)))
+        resized = tf_images.resize(image, old, new, tf.reduce_max(new, axis=0) + 3, antialias=request.param)
+
+        def by_library(image, height, width):
+            if request.param:
+                return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+            return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_LINEAR)
+
+        yield lambda *arrays: session.run(resized, dict(zip((image, old, new), arrays))), by_library
 
 
 def sizes(rng, count):
@@ -38,23 +45,25 @@ def sizes(rng, count):
         ][number % 6]
 
 
-def test_resize_equals_opencv(resize):
+def test_resize_equals_the_library(resize):
+    resize, by_library = resize
     rng = np.random.default_rng(0)
     for h, w, new_h, new_w in [*sizes(rng, 240), (480, 640, 800, 1067), (1500, 2000, 800, 1067)]:
         image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
         (resized,) = resize(image[None], [[h, w]], [[new_h, new_w]])
-        expected = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+        expected = by_library(image, new_h, new_w)
         np.testing.assert_array_equal(resized[:new_h, :new_w], expected, err_msg=f"{h}x{w} to {new_h}x{new_w}")
         assert not resized[new_h:].any() and not resized[:, new_w:].any()
 
 
 def test_resize_of_a_batch_takes_each_image_by_itself(resize):
     """What lies in the padding has no influence: border pixels repeat the image's own."""
+    resize, by_library = resize
     rng = np.random.default_rng(1)
     batch = rng.integers(0, 256, (3, 50, 70, 3), dtype=np.uint8)
     old, new = [[50, 70], [20, 70], [33, 5]], [[80, 40], [31, 93], [66, 10]]
     for slot, image, (h, w), (new_h, new_w) in zip(resize(batch, old, new), batch, old, new):
-        expected = cv2.resize(np.ascontiguousarray(image[:h, :w]), (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+        expected = by_library(np.ascontiguousarray(image[:h, :w]), new_h, new_w)
         np.testing.assert_array_equal(slot[:new_h, :new_w], expected)
 
 

@@ -207,6 +207,25 @@ def test_the_best_anchors_of_an_object_are_foreground_unless_they_are_background
     assert labels_of(targets) == "-FFBB"
 
 
+def test_the_best_anchors_of_an_object_are_foreground_first_in_other_frameworks():
+    """As Matcher of Detectron2 and torchvision with low-quality matches; nothing is the best of no overlap."""
+    anchors = [[0, 0, 8, 8], [4, 0, 12, 8], [8, 0, 16, 8], [30, 30, 40, 40], [36, 30, 46, 40]]
+    between, tiny, outside = [2, 0, 18, 8], [31, 31, 33, 33], [60, 60, 61, 61]
+    rules = dict(foreground_iou=0.7, best_first=True)
+    targets = anchor_targets(anchors, [[50, 50]], [[between, tiny, outside]], [[1, 1, 1]], **rules)
+    assert labels_of(targets) == "-FFFB"
+    assert targets.gt_index[0, 3] == 1
+
+
+def test_anchors_across_the_border_take_part_in_other_frameworks():
+    anchors = [[0, 0, 8, 8], [-4, 0, 4, 8], [46, 46, 54, 54], [60, 60, 68, 68]]
+    gt_boxes, gt_labels = [[[0, 0, 8, 8]]], [[1]]
+    is_valid = np.array([[True, True, True, False]])
+    assert labels_of(anchor_targets(anchors, [[50, 50]], gt_boxes, gt_labels, is_valid=is_valid)) == "F---"
+    targets = anchor_targets(anchors, [[50, 50]], gt_boxes, gt_labels, is_valid=is_valid, across_border=True)
+    assert labels_of(targets) == "F-B-"
+
+
 def test_an_anchor_goes_to_the_first_of_the_objects_that_it_overlaps_most():
     anchors = [[0, 0, 8, 8], [8, 0, 16, 8]]
     gt_boxes = [[[0, 0, 0, 0], [0, 0, 8, 6], [0, 2, 8, 8], [8, 0, 16, 7], [8, 0, 16, 8]]]

@@ -164,6 +164,16 @@ def test_settings_of_c4():
     ("conventions", "half_pixel", "adaptive", "norm_first"),
     [("tensorpack", True, False, False), ("torchvision", False, False, True), ("detectron2", True, True, True)],
 )
+def test_conventions_of_targets(conventions, half_pixel, adaptive, norm_first):
+    calls = build(f"CONVENTIONS={conventions}", training=True)
+    is_other = conventions != "tensorpack"
+    assert options_of(calls, "anchor_targets", "best_first", "across_border") == [(is_other, is_other)]
+
+
+@pytest.mark.parametrize(
+    ("conventions", "half_pixel", "adaptive", "norm_first"),
+    [("tensorpack", True, False, False), ("torchvision", False, False, True), ("detectron2", True, True, True)],
+)
 def test_conventions(conventions, half_pixel, adaptive, norm_first):
     calls = build(f"CONVENTIONS={conventions}", training=False)
     assert set(options_of(calls, "roi_align", "half_pixel", "adaptive")) == {(half_pixel, adaptive)}
