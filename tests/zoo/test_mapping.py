@@ -173,6 +173,7 @@ def test_settings_of_torchvisions_detectors():
         np.testing.assert_allclose(settings.pop(key), 255 * np.array(values), rtol=1e-9)
     assert settings == {
         "CONVENTIONS": "torchvision",
+        "PREPROC.ANTIALIAS": False,
         "MODE_FPN": True,
         "MODE_MASK": False,
         "FPN.CASCADE": False,
