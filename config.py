@@ -79,15 +79,24 @@ DEFAULTS = dict(
         PRECISION="float32",  # of the network: float32, bfloat16 or, on GPUs without that, float16 with loss scaling;
         # variables stay float32
         SEED=0,  # of weights, data order and samples
-        OPTIMIZER="momentum",  # plugins register others
+        OPTIMIZER="momentum",  # or adamw; plugins register others
+        MOMENTUM=0.9,  # of the optimizer momentum
+        ADAM_BETAS=[0.9, 0.999],  # forgetting of adamw's means of gradients and of their squares
         LOGGERS=["tensorboard"],  # destinations of a run's metrics, beside stats.json and the log; plugins add others
         WEIGHT_DECAY=1e-4,  # of convolution and fully connected kernels
+        BACKBONE_RATE_DECAY=1.0,  # factor of the backbone's learning rate for each group of layers below the heads
+        CLIP_NORM=0.0,  # shorten gradients to this global norm; 0: never
+        EMA_DECAY=0.0,  # average the weights over updates with this forgetting, and evaluate the averages; 0: don't
         BASE_LR=0.01,  # learning rate at a total batch of 8 images; proportional to the total batch
         WARMUP=1000,  # first steps, with a linearly rising learning rate; independent of the batch
         WARMUP_INIT_LR=1e-5,  # learning rate at the start of the warm-up; independent of the batch
+        WARMUP_FACTOR=0.0,  # above 0: share of the learning rate at the start of the warm-up, in its place
         STEPS_PER_EPOCH=500,  # an epoch is a unit of reporting, not a pass over the data
         STARTING_EPOCH=1,  # number of the first epoch; only 1 is supported, --resume continues a run
         LR_SCHEDULE="1x",  # "1x" to "9x", or a list of steps at a total batch of 8: rate / 10 at each, end at the last
+        LR_POLICY="steps",  # after the warm-up: steps (a tenth at each), linear or cosine (down to 0 at the end)
+        EPOCHS=0.0,  # above 0: length of the training in passes over the data, in place of LR_SCHEDULE
+        DECAY_AT=[],  # with EPOCHS: shares of the length at which the learning rate falls to a tenth
         EVAL_PERIOD=50,  # epochs between evaluations of DATA.VAL; 0: only after the last epoch
         EVAL_PICTURES=0,  # images per data set that an evaluation draws beside their ground truth in TensorBoard
         CHECKPOINT_PERIOD=20,  # epochs between checkpoints
@@ -177,6 +186,7 @@ TYPES = {
     "TEST.METRICS": ([""],),
     "PLUGINS": ([""],),
     "TRAIN.NUM_GPUS": (None, 0),
+    "TRAIN.DECAY_AT": ([0.0],),
     "TRAIN.LR_SCHEDULE": ([0], ""),
     "PREPROC.TRAIN_SHORT_EDGE_SIZE": (0, [0]),
     "PREPROC.MAX_SIZE": (0, 0.0),
@@ -563,6 +573,7 @@ CHOICES = {
     "TRAIN.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.PRECISION": ("float32", "bfloat16", "float16"),
     "TEST.SOFT_NMS": ("None", "linear", "gaussian"),
+    "TRAIN.LR_POLICY": ("steps", "linear", "cosine"),
     "FPN.PROPOSAL_MODE": ("Level", "Joint"),
     "FPN.NORM": ("None", "GN", "SyncBN", "FreezeBN"),
 }
@@ -573,6 +584,7 @@ LENGTHS = {
     "PREPROC.PIXEL_STD": 3,
     "PREPROC.TRAIN_CROP_SCALE": 2,
     "PREPROC.COLOR_JITTER": 3,
+    "TRAIN.ADAM_BETAS": 2,
     "FRCNN.BBOX_REG_WEIGHTS": 4,
     "CASCADE.IOUS": 3,
     "CASCADE.BBOX_REG_WEIGHTS": 3,
@@ -588,10 +600,17 @@ RANGES = (
         TEST.FRCNN_NMS_THRESH TEST.RESULT_SCORE_THRESH TEST.RESULT_SCORE_THRESH_VIS""",
     ),
     (
+        "from 0 to below 1",
+        lambda x: 0 <= x < 1,
+        "TRAIN.MOMENTUM TRAIN.ADAM_BETAS TRAIN.EMA_DECAY TRAIN.WARMUP_FACTOR",
+    ),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "TRAIN.BACKBONE_RATE_DECAY TRAIN.DECAY_AT"),
+    (
         "0 or more",
         lambda x: 0 <= x < 2**31,
         """DATA.NUM_WORKERS TRAIN.SEED TRAIN.WEIGHT_DECAY TRAIN.WARMUP TRAIN.EVAL_PERIOD TRAIN.EVAL_PICTURES
-        TRAIN.WARMUP_INIT_LR RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH BACKBONE.NORM_EPSILON""",
+        TRAIN.WARMUP_INIT_LR TRAIN.CLIP_NORM TRAIN.EPOCHS RPN.MIN_SIZE RPN.CROWD_OVERLAP_THRESH
+        BACKBONE.NORM_EPSILON""",
     ),
     ("whole numbers", lambda x: True, "DATA.CATEGORY_IDS"),
     ("0 (no crop), or at least 32", lambda x: x == 0 or 32 <= x < 2**15, "PREPROC.TRAIN_CROP_SIZE"),
@@ -619,6 +638,13 @@ UNUSED = (
     ("PREPROC.TRAIN_CROP_SIZE=0", "PREPROC.TRAIN_CROP_SCALE"),
     ("PREPROC.TRAIN_CROP_SIZE>0", "PREPROC.TRAIN_SHORT_EDGE_SIZE"),
     ("BACKBONE.NAME=resnet_basic", "BACKBONE.STRIDE_1X1"),
+    ("TRAIN.EPOCHS=0.0", "TRAIN.DECAY_AT"),
+    ("TRAIN.EPOCHS>0", "TRAIN.LR_SCHEDULE"),
+    ("TRAIN.LR_POLICY=linear", "TRAIN.DECAY_AT"),
+    ("TRAIN.LR_POLICY=cosine", "TRAIN.DECAY_AT"),
+    ("TRAIN.WARMUP_FACTOR>0", "TRAIN.WARMUP_INIT_LR"),
+    ("TRAIN.OPTIMIZER=momentum", "TRAIN.ADAM_BETAS"),
+    ("TRAIN.OPTIMIZER=adamw", "TRAIN.MOMENTUM"),
 )
 
 
@@ -705,6 +731,10 @@ def _contradictions(c):
         yield 'DATA.CLASS_NAMES must be "BG" and one name for each of DATA.NUM_CATEGORY classes'
     if c.DATA.CATEGORY_IDS and len(set(c.DATA.CATEGORY_IDS)) != c.DATA.NUM_CATEGORY:
         yield "DATA.CATEGORY_IDS must be one id for each of DATA.NUM_CATEGORY classes"
+    if list(c.TRAIN.DECAY_AT) != sorted(set(c.TRAIN.DECAY_AT)):
+        yield "TRAIN.DECAY_AT must be rising shares of the length of the training"
+    if c.TRAIN.EPOCHS and c.TRAIN.LR_POLICY == "steps" and not c.TRAIN.DECAY_AT:
+        yield "TRAIN.EPOCHS with TRAIN.LR_POLICY=steps needs TRAIN.DECAY_AT, such as [0.89,0.96]"
     try:
         lr_schedule_steps(c.TRAIN.LR_SCHEDULE)
     except ConfigError as error:
@@ -728,7 +758,7 @@ def _unfit_for_group_norm(c):
 def _without_effect(c):
     """Yields a line for each changed key that other settings disable."""
     settings = {f"{key}={value}" for key, value in c._values.items()}
-    settings |= {f"{key}>0" for key, value in c._values.items() if type(value) is int and value > 0}
+    settings |= {f"{key}>0" for key, value in c._values.items() if type(value) in (int, float) and value > 0}
     for setting, keys in UNUSED:
         if settings.issuperset(setting.split()):
             unused = [key for key in c.changes() if key.startswith(tuple(keys.split()))]

@@ -25,6 +25,7 @@ MODEL_VARIABLES, BACKBONE_VARIABLES = tfv1.GraphKeys.MODEL_VARIABLES, "backbone_
 STATE_KEY = "model variables"  # entry of the json beside a run's checkpoint: names of the network's variables
 # Training state in files without such a list; the slots of optimizers belong to it, too.
 TRAINING_STATE = re.compile(r"^(global_step|learning_rate|loss_scale(_good_steps)?|accumulated_steps)$|^EMA/")
+AVERAGED = "EMA/"  # before a weight's name: its moving average, which takes its place wherever a run's weights are read
 CLASSIFIER = re.compile(r"^linear/")  # of a backbone trained on ImageNet
 DEPENDS_ON_CLASSES = re.compile(r"^((fastrcnn|cascade_rcnn_stage\d)(/outputs)?/(class|box)|maskrcnn/conv)/[Wb]$")
 
@@ -36,7 +37,7 @@ def read(path: str | Path, *, network: Collection[str] = ()) -> dict[str, np.nda
     """Reads the network's variables from a checkpoint: {name (without ":0"): array}, in the file's dtype.
 
     A run lists its network's variables beside its checkpoints. From other files everything is read that does not look
-    like training state.
+    like training state. If a run averaged its weights, the averages are read in their place.
 
     Args:
         path: from `checkpoint.resolve`. network: names that belong to the network in any case.
@@ -62,11 +63,17 @@ def _read_npz(path, network):
     return {name: arrays[name] for name in _of_network({name: list(x.shape) for name, x in arrays.items()}, network)}
 
 
-def _read_tensorflow(path, *, select):
-    """Reads arrays by name. `select`: function from {name: shape} of the file to the names to read."""
+def _read_tensorflow(path, *, select, averaged=True):
+    """Reads arrays by name.
+
+    Args:
+        select: function from {name: shape} of the file to the names to read. averaged: averages in place of weights.
+    """
     try:
         reader = tf.train.load_checkpoint(str(path))
-        return {name: reader.get_tensor(name) for name in select(reader.get_variable_to_shape_map())}
+        shapes = reader.get_variable_to_shape_map()
+        places = {name: AVERAGED + name if averaged and AVERAGED + name in shapes else name for name in select(shapes)}
+        return {name: reader.get_tensor(place) for name, place in places.items()}
     except (tf.errors.OpError, RuntimeError, IndexError) as error:  # the reader's own errors have no common base
         raise OSError(str(error)) from error
 
@@ -260,7 +267,7 @@ def newest_readable(directory: str | Path) -> Snapshot:
     for prefix in reversed(complete_in(Path(directory))):
         try:
             state = json.loads(Path(f"{prefix}.json").read_text())
-            return Snapshot(prefix, step_of(prefix), _read_tensorflow(prefix, select=list), state)
+            return Snapshot(prefix, step_of(prefix), _read_tensorflow(prefix, select=list, averaged=False), state)
         except (OSError, ValueError) as error:
             logger.warning(f"checkpoint {prefix} can't be read: {' '.join(str(error).split())[:200]}")
     raise CheckpointMismatch(f"no checkpoint in {directory} can be read: start again with another --logdir")

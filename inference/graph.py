@@ -70,8 +70,10 @@ class Inference:
         detections: box_head.Detections of tensors, as `rcnn.build_inference` returns them.
     """
 
-    def __init__(self, settings: Config):
+    def __init__(self, settings: Config, *, getter: Callable | None = None):
         """
+        Args:
+            getter: `custom_getter` of the variables, see tf.compat.v1.variable_scope.
         Raises:
             ConfigError: a setting names nothing that is registered, or a plugin's variables cannot be shared.
         """
@@ -81,7 +83,7 @@ class Inference:
             tfv1.placeholder(spec.dtype, spec.shape, f"inference/{spec.name}")
             for spec in rcnn.input_signature(settings, training=False)
         ]
-        shared = tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE)
+        shared = tfv1.variable_scope(tfv1.get_variable_scope(), reuse=tfv1.AUTO_REUSE, custom_getter=getter)
         with shared, tf.name_scope("inference"), parameters.stored() as updates:
             self.detections = rcnn.build_inference(settings, *self.inputs)
         self._update = tf.group(*updates)
@@ -111,12 +113,12 @@ class Inference:
 class TowerInference:
     """An Inference for each training tower, on its device and with its copy of the weights."""
 
-    def __init__(self, settings: Config, num_towers: int):
+    def __init__(self, settings: Config, num_towers: int, *, getter: Callable | None = None):
         self._towers = []
         for tower in range(num_towers):
             scope = f"tower{tower}" if tower else tfv1.get_variable_scope()
             with tf.device(f"/gpu:{tower}"), tfv1.variable_scope(scope, reuse=True):
-                self._towers.append(Inference(settings))
+                self._towers.append(Inference(settings, getter=getter))
 
     def update(self, session: tfv1.Session) -> None:
         """See Inference.update."""

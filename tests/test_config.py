@@ -128,6 +128,15 @@ def test_defaults_are_the_references():
         "BACKBONE.WIDTH": 64,
         "RPN.NUM_CONVS": 1,
         "PREPROC.ANTIALIAS": False,
+        "TRAIN.MOMENTUM": 0.9,
+        "TRAIN.ADAM_BETAS": (0.9, 0.999),
+        "TRAIN.BACKBONE_RATE_DECAY": 1.0,
+        "TRAIN.CLIP_NORM": 0.0,
+        "TRAIN.EMA_DECAY": 0.0,
+        "TRAIN.WARMUP_FACTOR": 0.0,
+        "TRAIN.LR_POLICY": "steps",
+        "TRAIN.EPOCHS": 0.0,
+        "TRAIN.DECAY_AT": (),
         "DATA.CATEGORY_IDS": (),
         "DATA.MAX_DROPPED": 0.01,
         "DATA.REPEAT_THRESHOLD": 0.0,
@@ -712,6 +721,9 @@ def test_values_out_of_range_name_the_key(override):
         (["TEST.TTA_FLIP=True", "TEST.SOFT_NMS=linear"], "TEST.SOFT_NMS=None"),
         (["TEST.SOFT_NMS=gaussian", "TEST.TTA_SCALES=[0.5]"], "TEST.TTA_SCALES=[1]"),
         (["RPN.BATCH_PER_IM=1"], "RPN.BATCH_PER_IM=2"),
+        (["TRAIN.EPOCHS=3"], "TRAIN.DECAY_AT=[0.5,1]"),
+        (["TRAIN.EPOCHS=3", "TRAIN.DECAY_AT=[0.9,0.5]"], "TRAIN.DECAY_AT=[0.5]"),
+        (["TRAIN.EPOCHS=3", "TRAIN.DECAY_AT=[0.5,0.5]"], "TRAIN.DECAY_AT=[0.5,0.6]"),
         (["MODE_FPN=True", "FPN.NORM=GN", "FPN.NUM_CHANNEL=66"], "FPN.NUM_CHANNEL=62"),
         (["MODE_FPN=True", "FPN.NORM=GN", "FPN.NUM_CHANNEL=95"], "FPN.NUM_CHANNEL=64"),
         (["BACKBONE.NORM=GN", "BACKBONE.WIDTH=36"], "BACKBONE.WIDTH=2"),
@@ -749,6 +761,8 @@ MAY_BE_ZERO = [
     "TRAIN.EVAL_PERIOD",
     "TRAIN.EVAL_PICTURES",
     "TRAIN.WARMUP_INIT_LR",
+    "TRAIN.CLIP_NORM",
+    "TRAIN.EPOCHS",
     "RPN.MIN_SIZE",
     "RPN.CROWD_OVERLAP_THRESH",
     "BACKBONE.NORM_EPSILON",
@@ -761,6 +775,11 @@ OTHER_ENDS = {  # values accepted, values refused
     "PREPROC.PIXEL_MEAN": ([0, 255], [-0.1, 255.1]),
     "BACKBONE.FREEZE_AT": ([0, 1, 2, 3, 4, 5], [-1, 6]),
     "TRAIN.STARTING_EPOCH": ([1], [0, 2]),
+    **{
+        key: ([0, 0.999], [-1e-3, 1])
+        for key in ("TRAIN.MOMENTUM", "TRAIN.ADAM_BETAS", "TRAIN.EMA_DECAY", "TRAIN.WARMUP_FACTOR")
+    },
+    "TRAIN.BACKBONE_RATE_DECAY": ([1e-3, 1], [0, 1.001]),
 }
 
 
@@ -820,6 +839,7 @@ def test_lists_have_their_length():
         ("TEST.PRECISION", "float32 bfloat16 float16"),
         ("TEST.SOFT_NMS", "None linear gaussian"),
         ("FPN.PROPOSAL_MODE", "Level Joint"),
+        ("TRAIN.LR_POLICY", "steps linear cosine"),
         ("FPN.NORM", "None GN SyncBN FreezeBN"),
     ],
 )

@@ -10,7 +10,7 @@ from tensorpack.tfutils.tower import get_current_tower_context
 
 from config import Config
 from modeling import rcnn
-from training import optimizers
+from training import ema, optimizers
 from training.averages import add_moving_averages
 
 
@@ -43,10 +43,13 @@ class TrainingModel(ModelDesc):
         towers: a Tower for each training tower, once the graph is built.
         gradient_norm: float32 scalar tensor, of the mean gradient over all towers and ranks in a step; None before the
             optimizer is built.
+        averaged: ema.Averaged, whose averages are evaluated; None without TRAIN.EMA_DECAY, and before the optimizer is
+            built.
     """
 
     towers: list[Tower]
     gradient_norm: tf.Tensor | None
+    averaged: ema.Averaged | None
 
     def __init__(self, settings: Config, *, learning_rate: float, accumulate: int = 1):
         """
@@ -54,7 +57,7 @@ class TrainingModel(ModelDesc):
             learning_rate: for the mean gradient of an update. accumulate: number of steps in an update.
         """
         self._settings, self._learning_rate, self._accumulate = settings, learning_rate, accumulate
-        self.towers, self.gradient_norm = [], None
+        self.towers, self.gradient_norm, self.averaged = [], None, None
 
     def inputs(self) -> list[tf.TensorSpec]:
         """The arrays of a batch: see `rcnn.input_signature`."""
@@ -88,12 +91,6 @@ class TrainingModel(ModelDesc):
         """
         learning_rate = tfv1.get_variable("learning_rate", initializer=self._learning_rate, trainable=False)
         tfv1.summary.scalar("learning_rate-summary", learning_rate)
-        optimizer = optimizers.OPTIMIZERS.find(self._settings.TRAIN.OPTIMIZER)(learning_rate)
-        if self._accumulate > 1:
-            optimizer = optimizers.Accumulated(optimizer, self._accumulate)
-        forgive = tf.identity
-        if self._settings.TRAIN.PRECISION == "float16":
-            optimizer = optimizers.LossScaled(optimizer)
-            forgive = optimizer.forgive
-        optimizer = optimizers.Decayed(optimizer, self._settings.TRAIN.WEIGHT_DECAY)
-        return optimizers.Measured(optimizer, self, forgive=forgive)
+        made = optimizers.make(self._settings, learning_rate, accumulate=self._accumulate)
+        self.averaged = made.averaged
+        return optimizers.Measured(made.optimizer, self, forgive=made.forgive)

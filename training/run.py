@@ -28,6 +28,7 @@ from inference import stages
 from inference.graph import Inference, TowerInference, session_config, warn_of_precision
 from modeling import rcnn
 from training import monitors, optimizers, trainers
+from training.ema import StartAverages
 from training.exactness import CompleteGradients
 from training.guards import CheckpointSaver, Guard
 from training.input import Batches, make_input
@@ -70,7 +71,7 @@ def train(run: Run) -> None:
     logger.info(f"Schedule: {schedule}")
     snapshot = find_snapshot(run, schedule) if run.is_resumed and trainer.is_chief else None
     position = ranks.of_chief(find_position(run, schedule, snapshot) if trainer.is_chief else None)
-    step, epoch, steps_done = position
+    step, epoch, _ = position
     stream = data.training_data(
         settings, run.records, start=step * towers, shard_index=ranks.rank, num_shards=ranks.size
     )
@@ -87,7 +88,7 @@ def train(run: Run) -> None:
             TrainConfig(
                 model=model,
                 data=make_input(batches, signature),
-                callbacks=make_callbacks(run, schedule, guard, saver, towers=towers, steps_done=steps_done),
+                callbacks=make_callbacks(run, position, schedule, guard, saver, model=model, towers=towers),
                 extra_callbacks=monitors.default_callbacks(),
                 monitors=monitors.make_monitors(settings, run.logdir) if trainer.is_chief else [],
                 session_creator=session_creator,
@@ -160,8 +161,12 @@ def make_schedule(settings: Config, *, devices: int, num_images: int) -> Schedul
         batch_per_device=settings.TRAIN.BATCH_SIZE_PER_GPU,
         base_lr=settings.TRAIN.BASE_LR,
         lr_schedule=lr_schedule_steps(settings.TRAIN.LR_SCHEDULE),
+        epochs=settings.TRAIN.EPOCHS,
+        decay_at=settings.TRAIN.DECAY_AT,
+        policy=settings.TRAIN.LR_POLICY,
         warmup_steps=settings.TRAIN.WARMUP,
         warmup_from=settings.TRAIN.WARMUP_INIT_LR,
+        warmup_factor=settings.TRAIN.WARMUP_FACTOR,
         steps_per_epoch=settings.TRAIN.STEPS_PER_EPOCH,
         num_images=num_images,
     )
@@ -242,12 +247,12 @@ def make_guard(run, schedule, saver, *, model, stream, batches):
     )
 
 
-def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
+def make_callbacks(run, position, schedule, guard, saver, *, model, towers):
     """The callbacks of the run, a list."""
-    settings = run.settings
+    settings, (step, _, steps_done) = run.settings, position
     draw = functools.partial(stages.compare_with_truth, settings, count=settings.TRAIN.EVAL_PICTURES)
-    build_inference = functools.partial(Inference, settings)
     return [
+        *([StartAverages(model)] if settings.TRAIN.EMA_DECAY and step == 0 else []),
         LearningRateSetter(schedule),
         FirstEpochFrom(steps_done),
         AfterFirstStep(lambda: save_config(settings, run.logdir)),
@@ -255,7 +260,7 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
         saver,
         EvalCallback(
             settings,
-            build_inference if towers == 1 else functools.partial(TowerInference, settings, towers),
+            lambda: build_inference(settings, model, towers),
             run.val_sets,
             period_epochs=settings.TRAIN.EVAL_PERIOD,
             output_dir=run.logdir,
@@ -268,6 +273,12 @@ def make_callbacks(run, schedule, guard, saver, *, towers, steps_done):
         EstimatedTimeLeft(),
         CompleteGradients(),
     ]
+
+
+def build_inference(settings, model, towers):
+    """The inference graph on the weights of the training, or on their averages where there are any."""
+    getter = model.averaged.getter if model.averaged else None
+    return Inference(settings, getter=getter) if towers == 1 else TowerInference(settings, towers, getter=getter)
 
 
 def save_config(settings, logdir):

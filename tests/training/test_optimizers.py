@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 from tensorpack.compat import tfv1
 
+from common import weights
+from config import Config
 from modeling import device
 from training import optimizers
 
@@ -32,6 +34,165 @@ def test_momentum_is_a_tenth_s_forgetting_without_nesterov():
             session.run(step, {gradient: value})
             found.append(session.run(variable))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+NAMES = ("conv0/W", "group2/block4/conv1/W", "group3/block0/bn/gamma", "fastrcnn/fc6/W", "fastrcnn/fc6/b")
+
+
+def settings_of(*overrides):
+    settings = Config()
+    settings.update(overrides)
+    return settings
+
+
+def run_updates(overrides, gradients, *, accumulate=1, names=NAMES, rates=None):
+    """The weights and their averages after each step: {name: [...]}; they start at 1 and -2.
+
+    Args:
+        gradients: [steps, variables, 2]. rates: of each step; 0.1 without.
+    """
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        learning_rate = tfv1.get_variable("learning_rate", initializer=0.1, trainable=False)
+        variables = {name: tfv1.get_variable(name, initializer=[1.0, -2.0]) for name in names}
+        for name, variable in variables.items():
+            tfv1.add_to_collection(weights.MODEL_VARIABLES, variable)
+            if not name.startswith("fastrcnn"):
+                tfv1.add_to_collection(weights.BACKBONE_VARIABLES, variable)
+        fed = [tfv1.placeholder(tf.float32, [2]) for _ in names]
+        loss = tf.add_n([tf.reduce_sum(v * g) for v, g in zip(variables.values(), fed)])
+        made = optimizers.make(settings_of(*overrides), learning_rate, accumulate=accumulate)
+        step = made.optimizer.apply_gradients(made.optimizer.compute_gradients(loss, list(variables.values())))
+        averages = made.averaged.averages if made.averaged else {}
+        start = made.averaged.start() if made.averaged else tf.no_op()
+        session.run(tfv1.global_variables_initializer())
+        session.run(start)
+        found = {name: [] for name in [*variables, *(f"EMA/{name}" for name in averages)]}
+        for number, values in enumerate(gradients):
+            learning_rate.load(rates[number] if rates is not None else 0.1, session)
+            session.run(step, dict(zip(fed, values)))
+            named = {**variables, **{f"EMA/{name}": average for name, average in averages.items()}}
+            for name, value in session.run(named).items():
+                found[name].append(value)
+        assert all(v.op.name == f"EMA/{name}" for name, v in averages.items())
+    return found
+
+
+def random_gradients(steps=20, scale=1.0):
+    return (scale * np.random.default_rng(3).normal(size=(steps, len(NAMES), 2))).astype(np.float32)
+
+
+def slow_adamw(gradients, rates, *, betas, decay, epsilon=1e-8):
+    """torch.optim.AdamW's update of one variable, in float64."""
+    weight, mean, square, found = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2), []
+    for t, (gradient, rate) in enumerate(zip(np.float64(gradients), rates), 1):
+        weight = weight * (1 - rate * decay)
+        mean = betas[0] * mean + (1 - betas[0]) * gradient
+        square = betas[1] * square + (1 - betas[1]) * gradient**2
+        corrected = np.sqrt(square) / np.sqrt(1 - betas[1] ** t) + epsilon
+        weight = weight - rate / (1 - betas[0] ** t) * mean / corrected
+        found.append(weight)
+    return found
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+def test_adamw_decays_kernels_apart_from_the_moments(scale):
+    """Also where the gradients are as small as the epsilon."""
+    gradients, rates = random_gradients(scale=scale), np.linspace(0.01, 0.1, 20)
+    overrides = ["TRAIN.OPTIMIZER=adamw", "TRAIN.WEIGHT_DECAY=0.05", "TRAIN.ADAM_BETAS=[0.8,0.99]"]
+    found = run_updates(overrides, gradients, rates=rates)
+    for i, name in enumerate(NAMES):
+        decay = 0.05 if name.endswith("/W") else 0.0
+        expected = slow_adamw(gradients[:, i], rates, betas=(0.8, 0.99), decay=decay)
+        np.testing.assert_allclose(found[name], expected, atol=2e-6, err_msg=name)
+
+
+# Of a ResNet-50, whose third stage has six blocks: stem, stages, and two groups of the third; then the heads.
+GROUPS = dict(zip(NAMES, (0, 4, 5, 6, 6)))
+
+
+def test_rates_fall_with_the_depth_of_the_backbone():
+    """By 0.9 a group: of AdamW all of the update, of momentum the gradient with its decay."""
+    gradients, rates = random_gradients(), np.full(20, 0.1)
+    common = ["TRAIN.BACKBONE_RATE_DECAY=0.9", "TRAIN.WEIGHT_DECAY=0.05"]
+    adamw = run_updates([*common, "TRAIN.OPTIMIZER=adamw"], gradients, rates=rates)
+    momentum = run_updates([*common, "TRAIN.MOMENTUM=0.8"], gradients, rates=rates)
+    for i, name in enumerate(NAMES):
+        share, decay = 0.9 ** (6 - GROUPS[name]), 0.05 if name.endswith("/W") else 0.0
+        expected = slow_adamw(gradients[:, i], share * rates, betas=(0.9, 0.999), decay=decay)
+        np.testing.assert_allclose(adamw[name], expected, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            momentum[name], slow_momentum(gradients[:, i], share * rates, momentum=0.8, decay=decay), atol=2e-6
+        )
+
+
+def slow_momentum(gradients, rates, *, momentum=0.9, decay=0.0):
+    weight, velocity, found = np.array([1.0, -2.0]), np.zeros(2), []
+    for gradient, rate in zip(np.float64(gradients), rates):
+        velocity = momentum * velocity + gradient + decay * weight
+        weight = weight - rate * velocity
+        found.append(weight)
+    return found
+
+
+def test_gradients_are_shortened_to_a_norm_without_their_decay():
+    """As torch.nn.utils.clip_grad_norm_ before torch.optim.SGD: some of the gradients, others are short enough."""
+    gradients = random_gradients()
+    norms = np.linalg.norm(gradients.reshape(20, -1), axis=1)
+    limit = float(np.median(norms))
+    found = run_updates([f"TRAIN.CLIP_NORM={limit}", "TRAIN.WEIGHT_DECAY=0.05"], gradients)
+    clipped = gradients * np.minimum(1, limit / norms)[:, None, None]
+    for i, name in enumerate(NAMES):
+        decay = 0.05 if name.endswith("/W") else 0.0
+        expected = slow_momentum(clipped[:, i], np.full(20, 0.1), decay=decay)
+        np.testing.assert_allclose(found[name], expected, atol=2e-6, err_msg=name)
+
+
+def test_weights_are_averaged_after_each_update():
+    """From the initial weights on; with accumulation once in an update, and not in a step that float16 skips."""
+    gradients = random_gradients()
+    found = run_updates(["TRAIN.EMA_DECAY=0.9"], gradients)
+    assert {name for name in found if name.startswith("EMA/")} == {f"EMA/{name}" for name in NAMES}
+    for name in NAMES:
+        average, expected = np.array([1.0, -2.0]), []
+        for weight in found[name]:
+            average = 0.9 * average + 0.1 * weight
+            expected.append(average)
+        np.testing.assert_allclose(found[f"EMA/{name}"], expected, atol=1e-6)
+    skipped = gradients.copy()
+    skipped[8:10] = np.inf
+    found = run_updates(["TRAIN.EMA_DECAY=0.9", "TRAIN.PRECISION=float16"], skipped, accumulate=2)
+    averages = np.array(found["EMA/conv0/W"])
+    assert (averages[0] == [1, -2]).all() and (averages[1] != averages[0]).all()
+    changes = (averages[1:] != averages[:-1]).all(axis=1)
+    assert (averages[9] == averages[7]).all() and changes.sum() == 9  # twenty steps, of which two counted for nothing
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_towers_of_one_optimizer_stay_equal(optimizer):
+    """Each has its own moments and count, and only the first has averages."""
+    gradients = random_gradients()
+    overrides = [f"TRAIN.OPTIMIZER={optimizer}", "TRAIN.EMA_DECAY=0.5", "TRAIN.CLIP_NORM=1.0"]
+    alone = run_updates(overrides, gradients)
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        learning_rate = tfv1.get_variable("learning_rate", initializer=0.1, trainable=False)
+        made = optimizers.make(settings_of(*overrides), learning_rate, accumulate=1)
+        fed, steps, towers = [tfv1.placeholder(tf.float32, [2]) for _ in NAMES], [], []
+        for tower in ("", "tower1/"):
+            variables = [tfv1.get_variable(f"{tower}{name}", initializer=[1.0, -2.0]) for name in NAMES]
+            for variable in variables if not tower else ():
+                tfv1.add_to_collection(weights.MODEL_VARIABLES, variable)
+            steps.append(made.optimizer.apply_gradients(list(zip(fed, variables))))
+            towers.append(variables)
+        session.run(tfv1.global_variables_initializer())
+        session.run(made.averaged.start())
+        for values in gradients:
+            session.run(steps, dict(zip(fed, values)))
+        found = session.run(towers)
+        averages = session.run(made.averaged.averages)
+    for tower in found:
+        np.testing.assert_allclose(tower, [alone[name][-1] for name in NAMES], atol=1e-6)
+    for name in NAMES:
+        np.testing.assert_allclose(averages[name], alone[f"EMA/{name}"][-1], atol=1e-6)
 
 
 def test_the_constants_of_loss_scaling_are_keras_s():

@@ -65,6 +65,33 @@ def test_no_warmup():
     assert schedule.learning_rate_at(0) == 0.01
 
 
+def test_a_length_in_passes_over_the_data():
+    """Large-scale jitter for 100 epochs, batch 64: 184,375 updates of 118,000 images, tenths at 8/9 and 26/27."""
+    options = dict(RECIPE, base_lr=0.0125, warmup_steps=500, num_images=118000, epochs=100.0, decay_at=[8 / 9, 26 / 27])
+    schedule = derive_schedule(devices=8, batch_per_device=8, warmup_factor=0.067, **options)
+    assert schedule.decay_steps == (163889, 177546)
+    assert (schedule.learning_rate, schedule.accumulate) == (pytest.approx(0.1), 1)
+    assert 184375 <= schedule.total_steps < 184375 + schedule.epochs
+    assert schedule.passes == pytest.approx(100, rel=3e-3)
+    np.testing.assert_allclose([schedule.learning_rate_at(x) for x in (0, 250, 500)], [0.0067, 0.05335, 0.1])
+    schedule = derive_schedule(devices=1, batch_per_device=2, **dict(options, num_images=5, epochs=1.0, decay_at=[]))
+    assert (schedule.accumulate, schedule.total_steps) == (4, 3)
+
+
+@pytest.mark.parametrize("warmup", [0, 40])
+def test_the_rate_falls_along_a_line_or_a_cosine(warmup):
+    """From the end of the warm-up to 0 at the end of the run, as LinearLR and CosineAnnealingLR of PyTorch."""
+    options = dict(RECIPE, warmup_steps=warmup, lr_schedule=[100, 240], steps_per_epoch=240)
+    steps = np.arange(warmup, 240)
+    progress = (steps - warmup) / (240 - warmup)
+    for policy, share in (("linear", 1 - progress), ("cosine", 0.5 + 0.5 * np.cos(np.pi * progress))):
+        schedule = derive_schedule(devices=8, batch_per_device=1, policy=policy, **options)
+        np.testing.assert_allclose([schedule.learning_rate_at(s) for s in steps.tolist()], 0.01 * share, atol=1e-12)
+        assert schedule.learning_rate_at(1000) == pytest.approx(0, abs=1e-12)
+        assert schedule.learning_rate_at(warmup // 2) == pytest.approx(0.01 if not warmup else (1e-5 + 0.01) / 2)
+        assert f"falling {'evenly to 0' if policy == 'linear' else 'to 0 along a cosine'}; 240 steps" in str(schedule)
+
+
 def test_a_schedule_reads_as_a_sentence():
     schedule = derive_schedule(devices=3, batch_per_device=1, **RECIPE)
     assert str(schedule) == (
