@@ -23,7 +23,16 @@ from common.registry import Registry
 from common.weights import BACKBONE_VARIABLES, MODEL_VARIABLES
 from config import Config, ConfigError, largest_edge, padding_multiple
 
-from . import box_head, box_ops, cascade, mask_head, parameters, roi_align, rpn
+from . import (
+    box_head,
+    box_ops,
+    cascade,
+    convnext,  # noqa: F401 - it registers itself
+    mask_head,
+    parameters,
+    roi_align,
+    rpn,
+)
 from .backbone import BACKBONES
 from .fpn import fpn
 from .layers import collect_variables, mean_of_pixels, shape_list

@@ -19,9 +19,9 @@ from tabulate import tabulate
 from common import checkpoint
 from common.files import Whole, check_unused, writing
 from config import Config, UserError, as_overrides
-from zoo import detectron2, files, keras, mapping, torchvision
+from zoo import convnext, detectron2, files, keras, mapping, torchvision
 
-SYSTEMS = (torchvision, detectron2, keras)
+SYSTEMS = (torchvision, detectron2, keras, convnext)
 SYSTEMS_OF_EXPORT = {"torchvision": torchvision, "detectron2": detectron2}
 PREFIXES = ("module.", "model.")  # that wrappers of a whole model put before each name
 # Settings that follow from the shapes of our variables: key, pattern of the variable's name, axis.
@@ -70,7 +70,10 @@ def export_weights(arguments):
         settings.load(config_file)
     settings.adopt(checkpoint.carried_settings(path), source=path)
     settings.update(arguments.set)
-    model = SYSTEMS_OF_EXPORT[arguments.to].counterpart(values, settings)
+    system = SYSTEMS_OF_EXPORT[arguments.to]
+    if arguments.to == "torchvision" and settings.BACKBONE.NAME == "convnext":
+        system = convnext
+    model = system.counterpart(values, settings)
     arrays = mapping.to_theirs(model, values)
     print(f"{path}: {model.name}" + (f", SHA-256 {_sha256(path)}" if path.is_file() else ""))
     print_table(arrays, model, values)

@@ -6,6 +6,7 @@ tests/golden/torchvision holds what torchvision computes from synthetic weights 
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from common import checkpoint, weights
 from config import Config, UserError
 from dataset import shapes
 from inference.graph import Inference, session_config
-from modeling import box_ops, rcnn
+from modeling import box_ops, convnext, rcnn
 from modeling.backbone import BACKBONES
 from modeling.layers import collect_variables
 from tools import convert
@@ -159,6 +160,97 @@ def test_bias_and_epsilon_of_keras_are_folded(tmp_path):
     epsilon = checkpoint.carried_settings(tmp_path / "out.npz")["BACKBONE.NORM_EPSILON"]
     found = (x - ours["conv0/bn/mean/EMA"]) / np.sqrt(ours["conv0/bn/variance/EMA"] + epsilon)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ ConvNeXt
+
+
+def convnext_maps(path, image, settings):
+    """c2 to c5 before the norms that detectors add, by the backbone of a converted file."""
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        batch, shape = tf.constant(image[None]), tf.constant([image.shape[:2]])
+        options = dict(num_blocks=settings.BACKBONE.RESNET_NUM_BLOCKS, width=settings.BACKBONE.WIDTH, freeze_at=0)
+        with collect_variables(weights.MODEL_VARIABLES), collect_variables(weights.BACKBONE_VARIABLES):
+            outputs = convnext.stages(rcnn._normalise(settings, batch, shape), **options)
+        weights.load(path, session, check=weights.check_finetune)
+        return [x[0] for x in session.run(outputs)]
+
+
+@pytest.mark.slow
+def test_convnext_gives_the_golden_features_and_goes_back(tmp_path):
+    arrays = synthetic_arrays("convnext_tiny")
+    run_convert(write_pth(tmp_path / "source.pth", arrays), tmp_path / "out.npz")
+    settings = settings_of(tmp_path / "out.npz")
+    assert (settings.BACKBONE.NAME, settings.BACKBONE.WIDTH) == ("convnext", 96)
+    assert settings.BACKBONE.RESNET_NUM_BLOCKS == (3, 3, 9, 3)
+    golden = np.load(GOLDEN / "convnext_tiny.npz", allow_pickle=False)
+    maps = convnext_maps(tmp_path / "out.npz", synthetic_image(*golden["image"])[0], settings)
+    for name, x in zip(("c2", "c3", "c4", "c5"), maps):
+        assert x.shape == tuple(golden[f"{name}_shape"])
+        values = {"corner": x[:4, :4, :16], "channel_mean": x.mean((0, 1)), "channel_std": x.std((0, 1))}
+        for key, found in values.items():
+            expected = golden[f"{name}_{key}"]
+            np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max(), err_msg=f"{name} {key}")
+    run_convert(tmp_path / "out.npz", tmp_path / "again.pth", "--to", "torchvision")
+    again = files.read(tmp_path / "again.pth")
+    assert again.keys() == arrays.keys()
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(again[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(("model", "blocks", "width"), [("small", [3, 3, 27, 3], 96), ("base", [3, 3, 27, 3], 128)])
+def test_larger_convnexts_are_recognised(model, blocks, width):
+    shapes = json.loads((GOLDEN / f"convnext_{model}.json").read_text())
+    found = convert.recognise({name: np.empty(shape, np.float32) for name, shape in shapes.items()}, sha256="")
+    assert (found.settings["BACKBONE.RESNET_NUM_BLOCKS"], found.settings["BACKBONE.WIDTH"]) == (blocks, width)
+    assert {pair.theirs for pair in found.pairs} == set(shapes)
+
+
+KERAS_LAYERS = (  # torchvision's names, Keras's, and the axes of its kernels
+    (r"features\.0\.0", "stem_conv", (2, 3, 1, 0)),
+    (r"features\.0\.1", "stem_layernorm", None),
+    (r"features\.([246])\.0", "downsampling_layernorm_{half}", None),
+    (r"features\.([246])\.1", "downsampling_conv_{half}", (2, 3, 1, 0)),
+    (r"features\.([1357])\.(\d+)\.block\.0", "stage_{half}_block_{1}_depthwise_conv", (2, 3, 1, 0)),
+    (r"features\.([1357])\.(\d+)\.block\.2", "stage_{half}_block_{1}_layernorm", None),
+    (r"features\.([1357])\.(\d+)\.block\.3", "stage_{half}_block_{1}_pointwise_conv_1", (1, 0)),
+    (r"features\.([1357])\.(\d+)\.block\.5", "stage_{half}_block_{1}_pointwise_conv_2", (1, 0)),
+    (r"features\.([1357])\.(\d+)", "stage_{half}_block_{1}_layer_scale", None),
+    (r"classifier\.0", "head_layernorm", None),
+    (r"classifier\.2", "head_dense", (1, 0)),
+)
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_convnexts_of_keras_are_those_of_torchvision(numbered, tmp_path):
+    """By names as in `.h5`, and as in `.weights.h5`; the same network gives the same file."""
+    shapes = json.loads((GOLDEN / "convnext_tiny.json").read_text())
+    sizes = {96: 8, 192: 16, 384: 32, 768: 64, 1536: 128, 3072: 256, 1000: 10}
+    shapes = {name: [sizes.get(size, size) for size in shape] for name, shape in shapes.items()}
+    arrays = synthetic_state_dict(shapes)
+    with h5py.File(tmp_path / "keras.h5", "w") as file:
+        for name, x in arrays.items():
+            layer, _, leaf = name.rpartition(".")
+            ((found, keras_name, axes),) = [
+                (match, *rest) for pattern, *rest in KERAS_LAYERS if (match := re.fullmatch(pattern, layer))
+            ]
+            numbers = [int(x) for x in found.groups()]
+            half = (numbers[0] - 1) // 2 if numbers else 0
+            keras_name = f"convnext_tiny_{keras_name.format(*numbers, half=half)}"
+            is_first, is_norm = leaf != "bias", axes is None
+            kind = ("gamma" if is_norm else "kernel") if is_first else "beta" if is_norm else "bias"
+            kind = "variable_3" if leaf == "layer_scale" else kind
+            x = x.transpose(axes) if is_first and axes else x.reshape(-1) if leaf == "layer_scale" else x
+            folder = keras_name if numbered else f"model_weights/{keras_name}/{keras_name}"
+            file[f"{folder}/{int(not is_first) if numbered else kind}"] = x
+    run_convert(write_pth(tmp_path / "torch.pth", arrays), tmp_path / "torch.npz")
+    run_convert(tmp_path / "keras.h5", tmp_path / "keras.npz")
+    ours, theirs = (weights.read(tmp_path / f"{name}.npz") for name in ("torch", "keras"))
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        np.testing.assert_array_equal(theirs[name], x, err_msg=name)
+    carried = [checkpoint.carried_settings(tmp_path / f"{name}.npz") for name in ("torch", "keras")]
+    assert carried[0] == carried[1]
 
 
 # ------------------------------------------------------------------------------------------------------ detectors
