@@ -63,9 +63,9 @@ DEFAULTS = dict(
     ),
     BACKBONE=dict(
         WEIGHTS="",  # file of ImageNet weights to start from; empty: random weights
-        NAME="resnet",  # resnet (50, 101, 152), resnet_basic (18, 34), resnext_32x4d, resnext_32x8d or resnext_64x4d
+        NAME="resnet",  # resnet (50, 101, 152), resnet_basic (18, 34), resnext_32x4d, _32x8d, _64x4d, or convnext
         RESNET_NUM_BLOCKS=[3, 4, 6, 3],  # blocks of each stage: ResNet-50; [3,4,23,3] is ResNet-101
-        WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published weights have 64
+        WIDTH=64,  # channels of the stem; stages are 4, 8, 16, 32 times as wide. Published ResNets have 64
         NORM="FreezeBN",  # FreezeBN (stored statistics), SyncBN (statistics over all devices' batches), GN or None
         NORM_EPSILON=1e-5,  # added to a variance; torchvision's published detectors have 0
         FREEZE_AFFINE=False,  # FreezeBN: also freeze scale and shift of every norm
@@ -106,6 +106,7 @@ DEFAULTS = dict(
         TRAIN_SHORT_EDGE_SIZE=[800, 800],  # one size; or [low, high], drawn evenly; or three or more choices
         TRAIN_CROP_SIZE=0,  # above 0: resize long edges to this times TRAIN_CROP_SCALE, crop squares of this size
         TRAIN_CROP_SCALE=[0.1, 2.0],  # lowest and highest factor (large-scale jitter)
+        TRAIN_PAD=False,  # pad what is cropped to squares of TRAIN_CROP_SIZE, so that all batches have one shape
         COLOR_JITTER=[0.0, 0.0, 0.0],  # brightness, contrast, saturation: factors from 1 - x to 1 + x
         TRANSFORMS=[],  # names of transforms that plugins register, applied to training examples in this order
         TEST_SHORT_EDGE_SIZE=800,  # images are resized to this length of the short edge ...
@@ -139,13 +140,14 @@ DEFAULTS = dict(
         BBOX_REG_WEIGHTS=[10.0, 10.0, 5.0, 5.0],  # factors of the box targets x, y, log w, log h
         FG_THRESH=0.5,  # IoU with an object at or above which a proposal is foreground, else background
         FG_RATIO=0.25,  # largest share of foreground among the sampled proposals
-        BOX_LOSS="l1",  # of the foreground's box regression; plugins register others
+        BOX_LOSS_WEIGHT=1.0,  # factor of that loss
+        BOX_LOSS="l1",  # of the foreground's box regression, or giou; plugins register others
     ),
     FPN=dict(
         ANCHOR_STRIDES=[4, 8, 16, 32, 64],  # of the levels p2 to p6
         PROPOSAL_MODE="Level",  # NMS per level; or Joint: over all levels together
         NUM_CHANNEL=256,  # channels of every level
-        NORM="None",  # None, GN, SyncBN or FreezeBN; batch norm of heads (..._bn_head) is that of the pyramid
+        NORM="None",  # None, GN, SyncBN or FreezeBN; heads ..._bn_head have this batch norm, SyncBN without one
         FRCNN_HEAD_FUNC="fastrcnn_2fc_head",  # or fastrcnn_4conv1fc_head, fastrcnn_4conv1fc_gn_head, ..._bn_head
         FRCNN_CONV_HEAD_DIM=256,  # channels of the box head's convolutions
         FRCNN_FC_HEAD_DIM=1024,  # channels of its fully connected layers
@@ -635,9 +637,10 @@ UNUSED = (
     ("FPN.CASCADE=False", "CASCADE."),
     ("FPN.CASCADE=True", "FRCNN.BBOX_REG_WEIGHTS"),
     ("MODE_MASK=False", "MRCNN. FPN.MRCNN_HEAD_FUNC"),
-    ("PREPROC.TRAIN_CROP_SIZE=0", "PREPROC.TRAIN_CROP_SCALE"),
+    ("PREPROC.TRAIN_CROP_SIZE=0", "PREPROC.TRAIN_CROP_SCALE PREPROC.TRAIN_PAD"),
     ("PREPROC.TRAIN_CROP_SIZE>0", "PREPROC.TRAIN_SHORT_EDGE_SIZE"),
     ("BACKBONE.NAME=resnet_basic", "BACKBONE.STRIDE_1X1"),
+    ("BACKBONE.NAME=convnext", "BACKBONE.NORM BACKBONE.FREEZE_AFFINE BACKBONE.STRIDE_1X1 BACKBONE.TF_PAD_MODE"),
     ("TRAIN.EPOCHS=0.0", "TRAIN.DECAY_AT"),
     ("TRAIN.EPOCHS>0", "TRAIN.LR_SCHEDULE"),
     ("TRAIN.LR_POLICY=linear", "TRAIN.DECAY_AT"),
@@ -696,9 +699,6 @@ def _contradictions(c):
     rpn, fpn, names = c.RPN, c.FPN, c.DATA.CLASS_NAMES
     if fpn.CASCADE and not c.MODE_FPN:
         yield "FPN.CASCADE=True needs MODE_FPN=True"
-    for key in ("FPN.FRCNN_HEAD_FUNC", "FPN.MRCNN_HEAD_FUNC"):
-        if "_bn_" in c.value(key) and fpn.NORM not in ("SyncBN", "FreezeBN"):
-            yield f"{key}={c.value(key)} needs FPN.NORM=SyncBN or FreezeBN: the batch norm of heads is the pyramid's"
     if c.MODE_FPN and fpn.ANCHOR_STRIDES != (4, 8, 16, 32, 64):
         yield "FPN.ANCHOR_STRIDES must be [4,8,16,32,64], the strides of p2 to p6"
     if c.MODE_FPN and len(rpn.ANCHOR_SIZES) != len(fpn.ANCHOR_STRIDES):

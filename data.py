@@ -61,6 +61,7 @@ def training_data(
         batch_size=settings.TRAIN.BATCH_SIZE_PER_GPU,
         augmentation=augmentation,
         multiple=padding_multiple(settings),
+        smallest=settings.PREPROC.TRAIN_CROP_SIZE if settings.PREPROC.TRAIN_PAD else 0,
         with_masks=settings.MODE_MASK,
         seed=settings.TRAIN.SEED,
         num_workers=settings.DATA.NUM_WORKERS,
@@ -105,9 +106,10 @@ def evaluation_data(
     )
 
 
-def collate(examples: Sequence[dict[str, Any]], *, multiple: int) -> dict[str, np.ndarray]:
-    """Combines examples in one batch of the arrays that TrainingData describes; pads both edges to `multiple`."""
-    image, image_shape = pad_images([example["image"] for example in examples], multiple=multiple)
+def collate(examples: Sequence[dict[str, Any]], *, multiple: int, smallest: int = 0) -> dict[str, np.ndarray]:
+    """Combines examples in one batch of the arrays that TrainingData describes, padded as `pad_images` does."""
+    images = [example["image"] for example in examples]
+    image, image_shape = pad_images(images, multiple=multiple, smallest=smallest)
     num, num_objects = len(examples), max(1, *(len(example["gt_labels"]) for example in examples))
     batch = {
         "image": image,
@@ -164,6 +166,7 @@ class TrainingData:
         batch_size: int,
         augmentation: Augmentation,
         multiple: int,
+        smallest: int = 0,
         with_masks: bool,
         seed: int,
         num_workers: int = 0,
@@ -178,7 +181,7 @@ class TrainingData:
             records: at least one.
             batch_size: N.
             augmentation: random changes of the images.
-            multiple: padded heights and widths are multiples of it.
+            multiple: padded heights and widths are multiples of it. smallest: and at least this.
             with_masks: whether batches have `gt_masks`.
             seed: int in [0, 2^31).
             num_workers: processes; 0 prepares images in this process. The batches are the same.
@@ -194,7 +197,8 @@ class TrainingData:
         self._repeats = repeat_factors(records, repeat_threshold) if repeat_threshold else None
         self._skipped = SkippedImages(len(records), max_dropped)
         self._records = records
-        self._batch_size, self._multiple, self._seed, self._start = batch_size, multiple, seed, start
+        self._batch_size, self._seed, self._start = batch_size, seed, start
+        self._padding = {"multiple": multiple, "smallest": smallest}
         self._shard_index, self._num_shards = shard_index, num_shards
         self._make = ExampleMaker(augmentation, with_masks, seed)
         self._num_workers = num_workers
@@ -211,7 +215,7 @@ class TrainingData:
         try:
             while True:
                 batch = [self._readable(next(examples)) for _ in range(self._batch_size)]
-                yield collate(batch, multiple=self._multiple)
+                yield collate(batch, **self._padding)
         finally:
             examples.close()
 
@@ -248,7 +252,7 @@ class TrainingData:
         index = dict(itertools.islice(self._order(), max(positions) + 1))
         tasks = [TrainingTask(self._records[index[position]], position) for position in positions]
         examples = [self._readable(self._make(task)) for task in tasks]
-        return collate(examples, multiple=self._multiple)
+        return collate(examples, **self._padding)
 
     def plan(self) -> Iterator[list[tuple[int, int]]]:
         """Yields the batches without end, each a list of N (position, index of the record); reads no file."""

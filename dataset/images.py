@@ -287,14 +287,15 @@ def resize(image: np.ndarray, height: int, width: int, *, antialias: bool) -> np
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def pad_images(images: Sequence[np.ndarray], *, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_images(images: Sequence[np.ndarray], *, multiple: int, smallest: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Combines images of different sizes in one array, with zeros at the bottom and right.
 
     Returns:
-        uint8 [N, H, W, 3], H and W the largest of all, rounded up to `multiple`; int32 [N, 2], the sizes of the images
+        uint8 [N, H, W, 3], H and W the largest of all and of `smallest`, rounded up to `multiple`; int32 [N, 2], the
+        sizes of the images
     """
     shapes = np.array([image.shape[:2] for image in images], np.int32)
-    padded = np.zeros((len(images), *round_up(shapes.max(axis=0), multiple), 3), np.uint8)
+    padded = np.zeros((len(images), *round_up(shapes.max(axis=0, initial=smallest), multiple), 3), np.uint8)
     for slot, image in zip(padded, images):
         slot[: image.shape[0], : image.shape[1]] = image
     return padded, shapes

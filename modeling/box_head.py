@@ -6,6 +6,7 @@ labels: int64, 1..C, 0 = background. class_logits: before the softmax over C + 1
 deltas: see `box_ops`, times the box regression weights; one box per class (background included) or one for all.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from common.registry import Registry
 from . import box_ops, nms
 from .layers import conv2d_of_head, fully_connected, normal_initializer, shape_list
 
+MAX_LOG_SIZE = math.log(1000 / 16)  # of the boxes that `giou_loss` decodes
 PROPOSAL_IDENTITY = 2**20  # identities of proposals start here, those of ground truths at 0
 
 
@@ -105,7 +107,7 @@ HEADS = Registry("FPN.FRCNN_HEAD_FUNC")  # values: (function, norm)
 HEADS.register("fastrcnn_2fc_head", (fastrcnn_2fc_head, "None"))
 HEADS.register("fastrcnn_4conv1fc_head", (fastrcnn_4conv1fc_head, "None"))
 HEADS.register("fastrcnn_4conv1fc_gn_head", (fastrcnn_4conv1fc_head, "GN"))
-HEADS.register("fastrcnn_4conv1fc_bn_head", (fastrcnn_4conv1fc_head, "BN"))  # the batch norm of FPN.NORM
+HEADS.register("fastrcnn_4conv1fc_bn_head", (fastrcnn_4conv1fc_head, "BN"))  # that of FPN.NORM, or SyncBN
 
 
 def box_outputs(features, *, num_classes, class_agnostic):
@@ -145,15 +147,32 @@ def l1_loss(deltas, boxes, gt_boxes, weights):
     return box_ops.sum_of_coordinates(tf.abs(deltas - box_ops.encode(gt_boxes, boxes, weights=weights)))
 
 
+def giou_loss(deltas, boxes, gt_boxes, weights):
+    """Returns 1 - GIoU (arXiv:1902.09630 algorithm 1) of the decoded and the true boxes, float32 [N, S], 0 to 2."""
+    decoded = box_ops.decode(deltas, boxes, weights=weights, max_log_size=MAX_LOG_SIZE)
+    (low, high), (true_low, true_high) = (tf.split(x, 2, axis=-1) for x in (decoded, gt_boxes))
+
+    def area(low, high):
+        width, height = tf.unstack(tf.maximum(high - low, 0.0), axis=-1)
+        return width * height
+
+    intersection = area(tf.maximum(low, true_low), tf.minimum(high, true_high))
+    hull = area(tf.minimum(low, true_low), tf.maximum(high, true_high))
+    union = area(low, high) + area(true_low, true_high) - intersection
+    return 1.0 - intersection / union + (hull - union) / hull
+
+
 register_box_loss("l1", l1_loss)
+register_box_loss("giou", giou_loss)
 
 
-def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_loss):
+def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_loss, box_loss_weight=1.0):
     """Computes the cross-entropy of the labels and the box loss of the foreground.
 
     Args:
         class_logits: float32 [R, C + 1]. deltas: float32 [R, C + 1 or 1, 4], dimension 1 static. rois: RoIs, R = N * S.
         gt_boxes: float32 [N, G, 4]. weights: of box regression. box_loss: see `register_box_loss`.
+        box_loss_weight: its factor
     Returns:
         dict of scalars, each the sum over an image's RoIs divided by the number of its valid RoIs; the mean over images
     """
@@ -170,7 +189,7 @@ def box_losses(class_logits, deltas, rois, gt_boxes, *, weights, box_loss=l1_los
     losses = tf.where(rois.is_foreground, box_loss(deltas, boxes, matched, weights), 0.0)
     return {
         "label_loss": _mean_over_rois(tf.reshape(label_losses, [n, slots]), rois.is_valid),
-        "box_loss": _mean_over_rois(losses, rois.is_valid),
+        "box_loss": box_loss_weight * _mean_over_rois(losses, rois.is_valid),
     }
 
 

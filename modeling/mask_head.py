@@ -22,7 +22,7 @@ from .layers import (
 HEADS = Registry("FPN.MRCNN_HEAD_FUNC")  # values: the norm of the head's convolutions
 HEADS.register("maskrcnn_up4conv_head", "None")
 HEADS.register("maskrcnn_up4conv_gn_head", "GN")
-HEADS.register("maskrcnn_up4conv_bn_head", "BN")  # the batch norm of FPN.NORM
+HEADS.register("maskrcnn_up4conv_bn_head", "BN")  # that of FPN.NORM, or SyncBN
 
 
 def mask_head(features, labels, *, num_convs, channels, num_classes, **options):

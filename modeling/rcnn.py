@@ -35,7 +35,7 @@ from . import (
 )
 from .backbone import BACKBONES
 from .fpn import fpn
-from .layers import collect_variables, mean_of_pixels, shape_list
+from .layers import BATCH_NORMS, collect_variables, mean_of_pixels, shape_list
 
 # Tensor names of the stages of inference: proposals [N, P, 4] and their logits [N, P], best first; class probabilities
 # [N, P, C + 1] and refined boxes [N, P, C or 1, 4] of each proposal. Boxes are in pixels of the network's input.
@@ -213,8 +213,10 @@ def _norm(name, training):
 
 def _head_options(settings, norm, is_valid, training):
     """Returns the keywords of a head's convolutions. norm: of the registered head. is_valid: bool, of R, or None."""
+    if norm == "BN":
+        norm = settings.FPN.NORM if settings.FPN.NORM in BATCH_NORMS else "SyncBN"
     return {
-        "norm": _norm(settings.FPN.NORM if norm == "BN" else norm, training),
+        "norm": _norm(norm, training),
         "norm_first": _conventions(settings).norm_first,
         "is_valid": None if is_valid is None else tf.reshape(is_valid, [-1]),
     }
@@ -477,11 +479,12 @@ def _box_branch(settings, roi_features, rois, image_shape, gt_boxes, gt_labels):
         losses, metrics, and the features of the RoIs [R, 7, 7, D], or None for a cascade
     """
     box_loss = box_head.BOX_LOSSES.find(settings.FRCNN.BOX_LOSS)
+    loss_options = dict(box_loss=box_loss, box_loss_weight=settings.FRCNN.BOX_LOSS_WEIGHT)
     if not settings.FPN.CASCADE:
         x = roi_features.for_boxes(tf.reshape(rois.boxes, [-1, 4]), box_head.image_index(rois.boxes))
         options = dict(class_agnostic=False, is_valid=rois.is_valid, training=True)
         class_logits, deltas = _head_outputs(settings, x, "fastrcnn", **options)
-        options = dict(weights=settings.FRCNN.BBOX_REG_WEIGHTS, box_loss=box_loss)
+        options = dict(weights=settings.FRCNN.BBOX_REG_WEIGHTS, **loss_options)
         losses = box_head.box_losses(class_logits, deltas, rois, gt_boxes, **options)
         metrics = box_head.box_metrics(class_logits, rois)
         return _prefixed("fastrcnn_losses", losses), _prefixed("fastrcnn", metrics), x
@@ -490,7 +493,7 @@ def _box_branch(settings, roi_features, rois, image_shape, gt_boxes, gt_labels):
     for index, (stage, iou) in enumerate(zip(stages, settings.CASCADE.IOUS)):
         if index > 0:
             rois = box_head.label_rois(stage.boxes, stage.is_valid, gt_boxes, gt_labels, foreground_iou=iou)
-        options = dict(weights=settings.CASCADE.BBOX_REG_WEIGHTS[index], box_loss=box_loss)
+        options = dict(weights=settings.CASCADE.BBOX_REG_WEIGHTS[index], **loss_options)
         stage_losses = box_head.box_losses(stage.class_logits, stage.deltas, rois, gt_boxes, **options)
         losses.update(_prefixed(f"cascade_loss_stage{index + 1}/fastrcnn_losses", stage_losses))
         metrics.update(_prefixed(f"cascade_stage{index + 1}", box_head.box_metrics(stage.class_logits, rois)))

@@ -7,10 +7,19 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from tensorpack.compat import tfv1
+from tensorpack.tfutils.tower import TowerContext
+from test_train import run
 
 import config as config_module
+from common import weights
 from config import FLAT_DEFAULTS, Config, ConfigError, as_overrides
+from dataset import shapes
+from modeling import rcnn
+from training.run import make_schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "recipes"
@@ -45,6 +54,28 @@ NINE_X = {
 R50_WEIGHTS = "ImageNet-R50-AlignPadding.npz"
 R101_WEIGHTS = "ImageNet-R101-AlignPadding.npz"
 GN_WEIGHTS = "ImageNet-R50-GroupNorm32-AlignPadding.npz"
+
+
+# Of other frameworks: box AP, mask AP, blocks of the third stage, and the passes over the data.
+TODAYS = {
+    "r50_fpn_lsj_100ep": ("44.6", "40.3", 6, 100),
+    "r50_fpn_lsj_200ep": ("46.3", "41.7", 6, 200),
+    "r50_fpn_lsj_400ep": ("47.4", "42.5", 6, 400),
+    "r101_fpn_lsj_100ep": ("46.4", "41.6", 23, 100),
+    "r101_fpn_lsj_200ep": ("48.0", "43.1", 23, 200),
+    "r101_fpn_lsj_400ep": ("48.9", "43.7", 23, 400),
+    "convnext_t_fpn_mask_3x": ("46.2", "41.7", 9, 36),
+    "convnext_t_fpn_cascade_mask_3x": ("50.4", "43.7", 9, 36),
+}
+SMALL = (
+    *("BACKBONE.WIDTH=8", "BACKBONE.RESNET_NUM_BLOCKS=[1,1,1,1]", "FPN.NUM_CHANNEL=16"),
+    *("FPN.FRCNN_CONV_HEAD_DIM=16", "FPN.FRCNN_FC_HEAD_DIM=32", "MRCNN.HEAD_DIM=16"),
+    *("RPN.ANCHOR_SIZES=[8,16,32,64,128]", "RPN.TRAIN_PER_LEVEL_NMS_TOPK=50", "RPN.TEST_PER_LEVEL_NMS_TOPK=50"),
+    *("RPN.BATCH_PER_IM=32", "FRCNN.BATCH_PER_IM=16", "TRAIN.BATCH_SIZE_PER_GPU=2"),
+    *("PREPROC.TRAIN_SHORT_EDGE_SIZE=64", "PREPROC.TEST_SHORT_EDGE_SIZE=64", "PREPROC.MAX_SIZE=96"),
+    *("DATA.NUM_WORKERS=0", "DATA.TRAIN=shapes_train", "DATA.VAL=shapes_val"),
+    *("TRAIN.WARMUP=5", "TRAIN.EPOCHS=4", "TRAIN.STEPS_PER_EPOCH=20"),
+)
 
 
 class Row(NamedTuple):
@@ -130,7 +161,7 @@ def header_of(recipe):
 
 
 def test_every_published_row_has_a_file():
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{name}.cfg" for name in PUBLISHED)
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{name}.cfg" for name in [*PUBLISHED, *TODAYS])
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -144,6 +175,83 @@ def test_a_recipe_has_the_published_settings_and_no_others(recipe, caplog):
     assert config.changes().keys() <= expected.keys()
     config.check()
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("recipe", TODAYS)
+def test_a_recipe_of_today_has_its_header_and_its_schedule(recipe, caplog):
+    """On 8 GPUs: Detectron2's updates of batch 64 and rate 0.1; ConvNeXt's epochs of batch 16."""
+    box_ap, mask_ap, blocks, epochs = TODAYS[recipe]
+    header, config = header_of(recipe), updated(f"@recipes/{recipe}.cfg")
+    assert header["Published"].startswith(f"box AP {box_ap}, mask AP {mask_ap} on val2017, ")
+    assert "https://" in header["Source"] and header["Schedule"].startswith("batch ")
+    assert header["Train"].startswith(f"./train.py --config @recipes/{recipe}.cfg DATA.BASEDIR=/path/to/COCO/DIR")
+    config.check()
+    assert caplog.records == []
+    assert list(config.BACKBONE.RESNET_NUM_BLOCKS) == [3, 4 if recipe.startswith("r") else 3, blocks, 3]
+    schedule = make_schedule(config, devices=8, num_images=118000)
+    assert schedule.passes == pytest.approx(epochs, rel=3e-3) and schedule.accumulate == 1
+    updates = epochs * 118000 / schedule.images_per_step
+    shares = (8 / 9, 26 / 27) if "lsj" in recipe else (27 / 36, 33 / 36)
+    np.testing.assert_allclose(schedule.decay_steps, np.array(shares) * updates, atol=1)
+    if "lsj" in recipe:
+        assert (schedule.images_per_step, schedule.learning_rate) == (64, pytest.approx(0.1))
+        assert [schedule.learning_rate_at(step) for step in (0, 500)] == pytest.approx([0.0067, 0.1])
+    else:
+        rate = 2e-4 if "cascade" in recipe else 1e-4
+        assert (schedule.images_per_step, schedule.learning_rate) == (16, pytest.approx(rate))
+
+
+EXPECTED = {
+    "r50_fpn_lsj_100ep": {"rpn/conv1/W": (3, 3, 256, 256), "fastrcnn/conv3/bn/gamma": (256,), "fpn/gn_c2/gamma": None},
+    "r101_fpn_lsj_400ep": {"group2/block22/conv3/W": (1, 1, 256, 1024), "maskrcnn/fcn3/bn/mean/EMA": (256,)},
+    "convnext_t_fpn_mask_3x": {
+        "group2/block8/depthwise/W": (7, 7, 384, 1),
+        "norm_c5/gamma": (768,),
+        "rpn/conv1/W": None,
+    },
+    "convnext_t_fpn_cascade_mask_3x": {
+        "cascade_rcnn_stage3/head/conv3/bn/beta": (256,),
+        "fpn/lateral_1x1_c5/b": (256,),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_the_full_graph_of_a_recipe_of_today_has_its_variables(recipe):
+    config = updated(f"@recipes/{recipe}.cfg", "DATA.NUM_CATEGORY=80")
+    with tf.Graph().as_default(), TowerContext("", is_training=True):
+        inputs = {
+            spec.name: tfv1.placeholder(spec.dtype, spec.shape) for spec in rcnn.input_signature(config, training=True)
+        }
+        rcnn.build_training(config, **inputs)
+        found = {name: tuple(x.shape.as_list()) for name, x in weights.model_variables().items()}
+    assert {name: found.get(name) for name in EXPECTED[recipe]} == EXPECTED[recipe]
+
+
+@pytest.fixture(scope="module")
+def basedir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    shapes.generate(directory, train=10, val=2, size=64, seed=3)
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["r50_fpn_lsj_100ep", "convnext_t_fpn_mask_3x", "convnext_t_fpn_cascade_mask_3x"])
+def test_a_recipe_of_today_trains_at_a_reduced_size(recipe, basedir, tmp_path):
+    """Twenty steps, its losses finite; the weights are saved, evaluated and read again."""
+    small = [*SMALL, *(["PREPROC.TRAIN_CROP_SIZE=64"] if "lsj" in recipe else [])]
+    settings = [f"@recipes/{recipe}.cfg", *small, f"DATA.BASEDIR={basedir}", "TRAIN.EMA_DECAY=0.9"]
+    result = run("train.py", "--logdir", tmp_path / "run", "--config", *settings)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads((tmp_path / "run" / "stats.json").read_text())
+    assert rows[-1]["global_step"] == 20 and np.isfinite(rows[-1]["total_cost"])
+    assert (tmp_path / "run" / "shapes_val-20.json").exists()
+    reader = tf.train.load_checkpoint(str(tmp_path / "run" / "model-20"))
+    values = weights.read(tmp_path / "run" / "model-20")
+    name = "fpn/lateral_1x1_c2/W"
+    np.testing.assert_array_equal(values[name], reader.get_tensor(f"EMA/{name}"))
+    assert (values[name] != reader.get_tensor(name)).any()
 
 
 @pytest.mark.parametrize("model", GOLDEN)

@@ -56,9 +56,9 @@ class Averaged(ProxyOptimizer):
         """The op that sets the averages to the weights."""
         return tf.group(*[average.assign(self._weights[name]) for name, average in self.averages.items()])
 
-    def getter(self, get: Callable, name: str, *args, **kwargs) -> tf.Variable:
+    def get(self, getter: Callable, name: str, *args, **kwargs) -> tf.Variable:
         """A `custom_getter` of tf.compat.v1.variable_scope that returns averages in place of weights."""
-        variable = get(name, *args, **kwargs)
+        variable = getter(name, *args, **kwargs)
         return self.averages.get(re.sub(r"^tower\d+/", "", name), variable)
 
 

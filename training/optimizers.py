@@ -99,12 +99,13 @@ def rate_share(variable: tf.Variable, *, settings: Config) -> float:
     decay, third = settings.TRAIN.BACKBONE_RATE_DECAY, settings.BACKBONE.RESNET_NUM_BLOCKS[2]
     if decay == 1 or variable.op.name not in {v.op.name for v in tfv1.get_collection(BACKBONE_VARIABLES)}:
         return 1.0
-    found = re.match(r"(?:tower\d+/)?group(\d)/(?:block(\d+)/)?", variable.op.name)
+    name = re.sub(r"^tower\d+/", "", variable.op.name)
+    found = re.match(r"(?:conv0|ln0|group(\d)(?:/block(\d+))?)/", name)
+    if not found:  # norms of the outputs, and other people's backbones
+        return 1.0
+    stage, block = found[1], int(found[2] or 0)
     last = 3 + math.ceil(third / 3)  # the fourth stage's
-    group = 0
-    if found:
-        stage, block = int(found[1]), int(found[2] or 0)
-        group = {0: 1, 1: 2, 2: 3 + block // 3, 3: last}[stage]
+    group = {None: 0, "0": 1, "1": 2, "2": 3 + block // 3, "3": last}[stage]
     return decay ** (last + 1 - group)
 
 

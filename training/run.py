@@ -277,7 +277,7 @@ def make_callbacks(run, position, schedule, guard, saver, *, model, towers):
 
 def build_inference(settings, model, towers):
     """The inference graph on the weights of the training, or on their averages where there are any."""
-    getter = model.averaged.getter if model.averaged else None
+    getter = model.averaged.get if model.averaged else None
     return Inference(settings, getter=getter) if towers == 1 else TowerInference(settings, towers, getter=getter)
 
 

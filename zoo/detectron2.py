@@ -361,7 +361,7 @@ def _head_settings(names):
     layers = f"4conv1fc{suffix['box']}" if has_convs else "2fc"
     return {
         "FPN.CASCADE": _is_cascade(names),
-        "FPN.NORM": "FreezeBN" if pyramid == "None" and "FreezeBN" in norms.values() else pyramid,
+        "FPN.NORM": pyramid,
         "FPN.FRCNN_HEAD_FUNC": f"fastrcnn_{layers}_head",
         **({"FPN.MRCNN_HEAD_FUNC": f"maskrcnn_up4conv{suffix['mask']}_head"} if _has_masks(names) else {}),
     }

@@ -143,7 +143,7 @@ class Heads(NamedTuple):
         convs = "4conv1fc_bn" if self.box_norm else "4conv1fc" if self.box_convs else "2fc"
         return {
             "MODE_MASK": self.masks,
-            "FPN.NORM": "FreezeBN" if self.pyramid_norm or self.box_norm or self.mask_norm else "None",
+            "FPN.NORM": "FreezeBN" if self.pyramid_norm else "None",
             "RPN.NUM_CONVS": self.rpn_convs,
             "FPN.FRCNN_HEAD_FUNC": f"fastrcnn_{convs}_head",
             "FPN.MRCNN_HEAD_FUNC": f"maskrcnn_up4conv{'_bn' if self.mask_norm else ''}_head",

@@ -25,13 +25,13 @@ from dataset import augment, shapes
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ["my_backbone", "my_loss", "my_transform", "my_formats", "my_optimizer", "my_metric", "my_logger"]
 SETTINGS = """
-    MODE_FPN=True BACKBONE.NAME=convnext BACKBONE.WIDTH=4 BACKBONE.FREEZE_AT=1 FPN.NUM_CHANNEL=8
+    MODE_FPN=True BACKBONE.NAME=plain_convnext BACKBONE.WIDTH=4 BACKBONE.FREEZE_AT=1 FPN.NUM_CHANNEL=8
     FPN.FRCNN_FC_HEAD_DIM=8 MRCNN.HEAD_DIM=8 PREPROC.TRAIN_SHORT_EDGE_SIZE=64 PREPROC.TEST_SHORT_EDGE_SIZE=64
     PREPROC.MAX_SIZE=64 RPN.ANCHOR_SIZES=[8,16,32,48,64] RPN.BATCH_PER_IM=16 FRCNN.BATCH_PER_IM=16
     RPN.TRAIN_PER_LEVEL_NMS_TOPK=30 RPN.TEST_PER_LEVEL_NMS_TOPK=30 TEST.RESULT_SCORE_THRESH=0.0
     TRAIN.BATCH_SIZE_PER_GPU=2 DATA.NUM_WORKERS=1 TRAIN.LR_SCHEDULE=[4,8] TRAIN.STEPS_PER_EPOCH=8 TRAIN.WARMUP=0
     TRAIN.EVAL_PERIOD=0 MODE_MASK=False DATA.TRAIN=my_csv_train DATA.VAL=my_csv_train
-    FRCNN.BOX_LOSS=giou PREPROC.TRANSFORMS=[rotate] TRAIN.OPTIMIZER=adam TEST.METRICS=[AR]
+    FRCNN.BOX_LOSS=diou PREPROC.TRANSFORMS=[rotate] TRAIN.OPTIMIZER=adam TEST.METRICS=[AR]
     TRAIN.LOGGERS=[tensorboard,lines]
 """
 
@@ -206,8 +206,8 @@ def test_a_breakpoint_in_a_model_sees_numbers(trained, outside):
 
 
 def test_losses_of_the_page_equal_numpy(plugin):
-    """GIoU of decoded boxes, arXiv:1902.09630 algorithm 1, box by box."""
-    loss = plugin("my_loss").giou_loss
+    """DIoU of decoded boxes, arXiv:1911.08287 eq. 7, box by box."""
+    loss = plugin("my_loss").diou_loss
     rng = np.random.default_rng(0)
     boxes, truth = random_boxes(rng, 2, 5), random_boxes(rng, 2, 5)
     deltas = rng.normal(size=(2, 5, 4)).astype(np.float32)
@@ -223,9 +223,10 @@ def test_losses_of_the_page_equal_numpy(plugin):
         )
         a, b = (x - w / 2, y - h / 2, x + w / 2, y + h / 2), np.float64(truth[place])
         sides = [max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
-        hull = np.prod([max(a[i + 2], b[i + 2]) - min(a[i], b[i]) for i in (0, 1)])
+        diagonal = sum((max(a[i + 2], b[i + 2]) - min(a[i], b[i])) ** 2 for i in (0, 1))
+        distance = (x - (b[0] + b[2]) / 2) ** 2 + (y - (b[1] + b[3]) / 2) ** 2
         union = w * h + (b[2] - b[0]) * (b[3] - b[1]) - np.prod(sides)
-        assert found[place] == pytest.approx(1 - np.prod(sides) / union + (hull - union) / hull, rel=1e-4)
+        assert found[place] == pytest.approx(1 - np.prod(sides) / union + distance / diagonal, rel=1e-4)
 
 
 def test_rotation_moves_image_boxes_and_masks_together(plugin):
@@ -329,7 +330,7 @@ def test_eval_computes_a_plugin_s_metric(outside, tmp_path):
         ("broken", "", "--plugins broken: ZeroDivisionError: division by zero"),
         ("twice", "", "BACKBONE.NAME 'resnet' is registered already"),
         ("my_metric", "BACKBONE.NAME=resnett", "no BACKBONE.NAME 'resnett' (near: resnet"),
-        ("my_metric", "FRCNN.BOX_LOSS=giou", "no FRCNN.BOX_LOSS 'giou'"),
+        ("my_metric", "FRCNN.BOX_LOSS=diou", "no FRCNN.BOX_LOSS 'diou'"),
         ("my_metric", "PREPROC.TRANSFORMS=[rotate]", "no PREPROC.TRANSFORMS 'rotate'"),
         ("my_metric", "TRAIN.OPTIMIZER=adam", "no TRAIN.OPTIMIZER 'adam'"),
         ("my_metric", "TRAIN.LOGGERS=[wandb]", "no TRAIN.LOGGERS 'wandb'"),
@@ -337,7 +338,7 @@ def test_eval_computes_a_plugin_s_metric(outside, tmp_path):
         ("my_metric", "CONVENTIONS=mmdet", "no CONVENTIONS 'mmdet'"),
         (
             "my_backbone",
-            "MODE_FPN=False BACKBONE.NAME=convnext",
+            "MODE_FPN=False BACKBONE.NAME=plain_convnext",
             "convnext has no last stage to run on RoIs: set MODE_FPN=True",
         ),
     ],

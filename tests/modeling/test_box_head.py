@@ -1,11 +1,14 @@
 """The box branch against loops in NumPy, written from the rules, and cases worked by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import (
     batch_norm,
     convolve,
+    decode,
     encode,
     evaluate,
     greedy_nms,
@@ -220,6 +223,33 @@ def test_head_of_four_convolutions_with_batch_norm(norm):
         expected = relu(expected)
     expected = fully_connected(expected.transpose(0, 3, 1, 2).reshape(4, -1), values, "fc")
     np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_giou_equals_the_definition_and_moves_distant_boxes():
+    """Box by box, arXiv:1902.09630 algorithm 1: overlapping, distant and equal boxes; its gradient is finite."""
+    rng = np.random.default_rng(8)
+    boxes = random_boxes(rng, 2, 20)
+    truth = np.concatenate(
+        [boxes[:, :10] + rng.normal(0, 4, (2, 10, 4)), random_boxes(rng, 2, 10, low=300, high=400)], axis=1
+    )
+    truth = np.float32(np.concatenate([np.minimum(truth[..., :2], truth[..., 2:] - 1), truth[..., 2:]], axis=-1))
+    truth[:, 0], deltas = boxes[:, 0], rng.normal(size=(2, 20, 4)).astype(np.float32)
+    deltas[:, 0] = 0
+
+    def build(deltas, boxes, truth):
+        losses = box_head.giou_loss(deltas, boxes, truth, WEIGHTS)
+        return losses, tf.gradients(losses, deltas)[0]
+
+    losses, gradients = evaluate(build, deltas, boxes, truth)
+    for place in np.ndindex(2, 20):
+        a = decode(deltas[place] / WEIGHTS, boxes[place], max_log_size=math.log(1000 / 16))
+        b = np.float64(truth[place])
+        shared = np.prod([max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)])
+        hull = np.prod([max(a[i + 2], b[i + 2]) - min(a[i], b[i]) for i in (0, 1)])
+        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+        assert losses[place] == pytest.approx(1 - shared / union + (hull - union) / hull, rel=1e-4, abs=1e-5)
+    assert np.isfinite(gradients).all() and np.abs(gradients[:, 10:]).max(axis=-1).min() > 0
+    np.testing.assert_allclose(losses[:, 0], 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("class_agnostic", [False, True])

@@ -36,7 +36,10 @@ def test_momentum_is_a_tenth_s_forgetting_without_nesterov():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-NAMES = ("conv0/W", "group2/block4/conv1/W", "group3/block0/bn/gamma", "fastrcnn/fc6/W", "fastrcnn/fc6/b")
+NAMES = (
+    *("conv0/W", "group1/block1/W", "group2/block3/conv1/W", "group3/block0/bn/gamma"),
+    *("norm_c2/gamma", "fastrcnn/fc6/W", "fastrcnn/fc6/b"),
+)
 
 
 def settings_of(*overrides):
@@ -107,7 +110,7 @@ def test_adamw_decays_kernels_apart_from_the_moments(scale):
 
 
 # Of a ResNet-50, whose third stage has six blocks: stem, stages, and two groups of the third; then the heads.
-GROUPS = dict(zip(NAMES, (0, 4, 5, 6, 6)))
+GROUPS = dict(zip(NAMES, (0, 2, 4, 5, 6, 6, 6)))
 
 
 def test_rates_fall_with_the_depth_of_the_backbone():
