@@ -223,6 +223,54 @@ class TestTraining:
 # The same two images in every step, as one batch, as two towers or as two ranks: only the order of sums differs.
 WEIGHT_TOLERANCE, MOMENTUM_TOLERANCE = 1e-5, 1e-4
 
+# What the recipes of today add: batch norm of all devices everywhere, AdamW, clipping, averages, a length in epochs.
+TODAYS = [
+    *[setting for setting in SETTINGS if "NORM=GN" not in setting and "LR_SCHEDULE" not in setting],
+    *("BACKBONE.NORM=SyncBN", "FPN.NORM=SyncBN", "RPN.NUM_CONVS=2", "FPN.FRCNN_CONV_HEAD_DIM=16"),
+    *("FPN.FRCNN_HEAD_FUNC=fastrcnn_4conv1fc_bn_head", "FPN.MRCNN_HEAD_FUNC=maskrcnn_up4conv_bn_head"),
+    *("TRAIN.OPTIMIZER=adamw", "TRAIN.CLIP_NORM=1.0", "TRAIN.EMA_DECAY=0.9", "TRAIN.BACKBONE_RATE_DECAY=0.8"),
+    *("TRAIN.EPOCHS=2", "TRAIN.LR_POLICY=cosine", "TRAIN.WARMUP_FACTOR=0.1", "TRAIN.STEPS_PER_EPOCH=5"),
+    *("PREPROC.TRAIN_CROP_SIZE=64", "PREPROC.TRAIN_PAD=True", "FRCNN.BOX_LOSS=giou", "TRAIN.EVAL_PICTURES=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained_today(basedir, tmp_path_factory):
+    """The directory of a run of ten steps: two passes over ten images."""
+    logdir = tmp_path_factory.mktemp("runs") / "today"
+    result = run("train.py", "--logdir", logdir, "--config", *TODAYS, f"DATA.BASEDIR={basedir}", one_core=True)
+    assert result.returncode == 0, result.stderr
+    return logdir
+
+
+@pytest.mark.slow
+class TestTrainingOfToday:
+    def test_interrupted_and_resumed_it_ends_as_if_nothing_had_been(self, trained_today, basedir, tmp_path):
+        arguments = ["--logdir", tmp_path / "run", "--config", *TODAYS, f"DATA.BASEDIR={basedir}"]
+        stopped = run("tests/faulty_train.py", *arguments, fault="sigterm_in_step=3", one_core=True)
+        assert stopped.returncode == 143, stopped.stderr
+        finished = run("train.py", "--resume", *arguments, one_core=True)
+        assert finished.returncode == 0, finished.stderr
+        for name in ("model-10.data-00000-of-00001", "model-10.index", "shapes_val-10.json"):
+            assert (tmp_path / "run" / name).read_bytes() == (trained_today / name).read_bytes(), name
+
+    @pytest.mark.long
+    def test_two_ranks_train_as_one_with_twice_the_batch(self, basedir, tmp_path):
+        """Five updates. With momentum: AdamW turns the rounding of tiny gradients into full steps."""
+        common = [*TODAYS, "TRAIN.OPTIMIZER=momentum", "TRAIN.EPOCHS=4", f"DATA.BASEDIR={basedir}"]
+        for name, settings, num_ranks in (
+            ("one", ["TRAIN.BATCH_SIZE_PER_GPU=8"], 1),
+            ("two", ["TRAIN.BATCH_SIZE_PER_GPU=4", "TRAINER=horovod"], 2),
+        ):
+            arguments = ["--logdir", tmp_path / name, "--config", *common, *settings]
+            result = run("train.py", *arguments, num_ranks=num_ranks, one_core=True)
+            assert result.returncode == 0, result.stderr
+        expected, found = (read_checkpoint(tmp_path / name / "model-5") for name in ("one", "two"))
+        assert found.keys() == expected.keys() and any(name.startswith("EMA/") for name in found)
+        for name in expected:
+            tolerance = MOMENTUM_TOLERANCE if name.endswith("/Momentum") else WEIGHT_TOLERANCE
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=tolerance, err_msg=name)
+
 
 @pytest.mark.slow
 class TestSeveralDevices:
