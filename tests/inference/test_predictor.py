@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -168,6 +169,11 @@ def test_settings_as_a_value(run):
         by_text.settings.MODE_MASK = False
 
 
+def test_ids_of_the_classes_are_those_of_the_data_where_known(run):
+    assert Predictor(run, settings=["DATA.CATEGORY_IDS=[7,3,40]"]).category_ids == (7, 3, 40)
+    assert Predictor(run, settings=["DATA.CATEGORY_IDS=[]"]).category_ids == (1, 2, 3)
+
+
 def test_mistakes(run, tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         Predictor(tmp_path / "none")
@@ -175,6 +181,13 @@ def test_mistakes(run, tmp_path):
         Predictor(run, settings=["TEST.RESULT_PER_IM=3"])
     with pytest.raises(UserError, match="CLASS_NAMES is not set"):
         Predictor(run, settings=["DATA.CLASS_NAMES=[]"])
+    values = weights.read(checkpoint.resolve(run))
+    del values["rpn/class/b"]
+    with open(tmp_path / "partial.npz", "wb") as file:
+        np.savez(file, **values)
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(UserError, match="0 other shapes, 1 absent, first rpn/class/b"):
+        Predictor(tmp_path / "partial.npz")
     predictor = Predictor(run)
     for image in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32), np.zeros((0, 5, 3), np.uint8)):
         with pytest.raises(ValueError, match="images must be uint8"):
@@ -187,6 +200,7 @@ def test_mistakes(run, tmp_path):
         ("fpn", "fpn/posthoc_3x3_p2/W", "fpn/lateral_1x1_c2/b", ["TEST.PRECISION=float16"]),
         ("fpn", "rpn/box/W", "rpn/conv0/b", ["TEST.TTA_FLIP=True"]),
         ("fpn", "fastrcnn/outputs/box/W", "fastrcnn/fc7/b", []),
+        ("fpn", "fastrcnn/outputs/class/W", "fastrcnn/fc7/b", []),
         ("fpn", "maskrcnn/conv/W", "maskrcnn/deconv/b", []),
         ("boxes", "rpn/class/W", "rpn/conv0/b", ["TEST.PRECISION=bfloat16"]),
         ("cascade", "cascade_rcnn_stage1/outputs/box/W", "cascade_rcnn_stage1/head/fc7/b", []),

@@ -92,6 +92,19 @@ def test_pasting_equals_numpy():
     assert not pasted[:2].any() and pasted[2].any()
 
 
+def test_no_mask_and_masks_of_impossible_boxes():
+    """None gives none; a box that is not finite, or reaches to infinity, covers nothing."""
+    boxes = np.float32([[1, 1, np.inf, 5], [np.nan, 1, 4, 5], [-np.inf, 1, 4, 5], [1, 1, 4, 5]])
+    with tf.Graph().as_default(), tfv1.Session() as session:
+        masks = tfv1.placeholder(tf.float32, [None, 14, 14])
+        pasted = tf_images.paste_masks(masks, tfv1.placeholder_with_default(boxes, [None, 4]), tf.constant([8, 9]))
+        found = session.run(pasted, {masks: np.ones((4, 14, 14), np.float32)})
+        box_input = pasted.graph.get_tensor_by_name("PlaceholderWithDefault:0")
+        none = session.run(pasted, {masks: np.zeros((0, 14, 14)), box_input: np.zeros((0, 4))})
+    assert [x.any() for x in found] == [False, False, False, True]
+    assert none.shape == (0, 8, 9)
+
+
 def test_exactly_half_is_in_the_mask():
     """By hand: cells of a pixel each, whose centres meet the pixels'; the ring of zeros halves the value around."""
     masks = np.array([[[0.5, 0.49], [0.51, 0.5]], [[1.0, 1.0], [1.0, 1.0]]], np.float32)

@@ -108,6 +108,29 @@ def test_masks_are_averaged_where_they_lie_in_the_image():
     assert (outside[:, 1:13] == 1).all() and (outside[:, 15:] == 0).all()
 
 
+def test_masks_of_merged_boxes_are_moved_to_the_mean_box():
+    """Two boxes of one object, 8 pixels apart, with full masks: the mean box, 4 pixels from both, is full but there."""
+    masks = np.ones((2, 16, 16), np.float32)
+    rows = ((0, 0, 32, 32), 0.5, 1, 0), ((8, 0, 40, 32), 0.5, 1, 0)
+    merged = tta.merge([found(*rows, masks=masks)], 1, iou_threshold=0.5, max_per_image=5)
+    np.testing.assert_allclose(merged.boxes, [[4, 0, 36, 32]], atol=1e-4)
+    middle = merged.masks[0, 8]
+    assert (middle[3:13] > 0.99).all() and middle[0] < 0.6 and middle[-1] < 0.6
+
+
+def test_the_smallest_view_has_a_pixel():
+    sizes = []
+
+    def network(image, image_shape):
+        sizes.append(image_shape.tolist())
+        return found()
+
+    tta.augmented(network, scales=(0.01, 1.0), flip=False, **OPTIONS)(
+        np.zeros((1, 32, 64, 3), np.uint8), np.array([[20, 60]])
+    )
+    assert sizes == [[[1, 1]], [[20, 60]]]
+
+
 @pytest.mark.parametrize("masks", [None, np.zeros((0, 14, 14), np.float32)])
 def test_nothing_found(masks):
     nothing = tta.merge([found(masks=masks)] * 2, 1, iou_threshold=0.5, max_per_image=5)

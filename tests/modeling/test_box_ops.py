@@ -254,6 +254,22 @@ def test_the_largest_come_in_order_and_ties_by_index(size, k, is_long):
     np.testing.assert_array_equal(best, np.take_along_axis(values, expected, axis=1))
 
 
+def test_a_share_counts_what_is_in_both():
+    """Two of three; the part may have more; of nothing the share is 0."""
+    whole, part = [True, True, False, True, False], [True, False, True, True, True]
+    assert evaluate(box_ops.share, np.array(part), np.array(whole)) == pytest.approx(2 / 3)
+    assert evaluate(box_ops.share, np.array(part), np.zeros(5, bool)) == 0
+
+
+def test_the_largest_of_long_rows_are_none_of_the_padding():
+    """All values are negative, and the parts of the row need padding."""
+    values = -np.random.default_rng(3).permutation(1001).astype(np.float32)[None] - 1
+    with device.building_for(gpu=True):
+        best, index = evaluate(lambda x: box_ops.top_k(x, 20, is_long=True), values)
+    np.testing.assert_array_equal(best[0], -np.arange(1, 21))
+    np.testing.assert_array_equal(values[0, index[0]], best[0])
+
+
 def test_the_sum_of_coordinates_and_its_gradient():
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     total, gradient = evaluate(lambda x: (y := box_ops.sum_of_coordinates(x), tf.gradients(y * y, x)[0]), x)

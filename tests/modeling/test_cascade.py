@@ -68,6 +68,16 @@ def test_what_becomes_empty_stays_invalid():
     ]
 
 
+def test_boxes_that_are_not_finite_become_empty():
+    """RoIAlign cannot sample outside of all numbers: the next stage gets zeros, which are not valid."""
+    deltas = np.zeros((3, 4, 1, 4))
+    deltas[0, 1, 0, 1], deltas[0, 2, 0, 2] = np.nan, np.nan
+    stages, last, _ = run_cascade([[[10, 10, 20, 20], [30, 30, 40, 40]]] * 2, np.ones((2, 2), bool), deltas)
+    assert stages[1].is_valid.tolist() == [[True, False], [False, True]]
+    assert all(np.isfinite(boxes).all() for boxes in (stages[1].boxes, stages[2].boxes, last))
+    np.testing.assert_array_equal(stages[1].boxes[0, 1, [1, 3]], 0)
+
+
 def test_no_gradient_flows_through_the_boxes():
     def check(stages, last, deltas):
         boxes = [stage.boxes for stage in stages[1:]] + [last]

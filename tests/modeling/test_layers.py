@@ -255,6 +255,30 @@ def test_fully_connected_flattens_as_channel_row_column(rois):
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_mean_of_pixels_and_its_gradient():
+    rng = np.random.default_rng(12)
+    x, weights = rng.normal(size=(3, 2, 5, 4)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
+
+    def build(x, weights):
+        y = layers.mean_of_pixels(tf.ensure_shape(x, [None, 2, 5, 4]))
+        return y, tf.gradients(y * weights, x)[0]
+
+    y, dx = evaluate(build, x, weights)
+    np.testing.assert_allclose(y, x.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, np.broadcast_to(weights[:, None, None] / 10, x.shape), rtol=1e-5)
+
+
+def test_statistics_count_values_not_items():
+    """Of two items that are valid, 3 x 2 pixels each."""
+    x = np.random.default_rng(13).normal(size=(4, 3, 2, 5)).astype(np.float32)
+    is_valid = np.array([True, False, False, True])
+    for mask, used in ((None, x), (is_valid, x[is_valid])):
+        mean, variance, count = evaluate(lambda x, mask=mask: layers._moments(x, mask), x)
+        assert count == used[..., 0].size
+        np.testing.assert_allclose(mean, used.mean(axis=(0, 1, 2)), atol=1e-6)
+        np.testing.assert_allclose(variance, used.var(axis=(0, 1, 2)), rtol=1e-5)
+
+
 def test_fully_connected_of_vectors():
     x = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
     y, values = evaluate(

@@ -159,6 +159,6 @@ def test_loss_without_foreground_is_zero(rois):
 
 def test_metrics_by_hand():
     """Predicted 2 pixels, actual 3, common 1, of 8."""
-    logits, targets = [[[1, 2], [-1, -1]], [[-1, -1], [-1, 0]]], [[[1, 0.5], [0.6, 0]], [[0, 0], [0, 0.9]]]
+    logits, targets = [[[0.1, 2], [-1, -1]], [[-1, -1], [-1, 0]]], [[[1, 0.5], [0.6, 0]], [[0, 0], [0, 0.9]]]
     metrics = evaluate(mask_head.mask_metrics, np.float32(logits), np.float32(targets))
     assert metrics == pytest.approx({"accuracy": 5 / 8, "iou": 1 / 4})

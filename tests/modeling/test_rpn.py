@@ -100,6 +100,12 @@ def test_anchors_lie_on_the_corners_of_the_cells(strides):
     assert anchors.sizes == [3 * 4 * 3, 1 * 2 * 3]
 
 
+def test_identities_of_a_wide_map_differ():
+    """More cells than 2^8 in a row and in a column."""
+    anchors = make_anchors([[300, 2], [2, 300]], np.zeros((1, 2, 2)), strides=[[4], [8]])
+    assert len(np.unique(anchors.identity)) == len(anchors.identity) == 2 * 600 * 3
+
+
 def test_identity_of_an_anchor_is_its_own_whatever_the_size_of_the_map():
     small, large = (make_anchors([size] * 5, [[size] * 5], strides=np.full([5, 1], 8)) for size in ((2, 3), (4, 5)))
     assert len(np.unique(large.identity)) == len(large.identity) == 5 * 4 * 5 * 3
@@ -231,6 +237,23 @@ def test_an_anchor_goes_to_the_first_of_the_objects_that_it_overlaps_most():
     gt_boxes = [[[0, 0, 0, 0], [0, 0, 8, 6], [0, 2, 8, 8], [8, 0, 16, 7], [8, 0, 16, 8]]]
     targets = anchor_targets(anchors, [[50, 50]], gt_boxes, [[0, 1, 2, 3, 4]])
     assert targets.gt_index.tolist() == [[1, 4]]
+
+
+def test_of_many_equal_objects_the_first_one_counts():
+    """More than are compared at a time: the same box again, in other parts of the list."""
+    count = 2 * rpn.OBJECTS + 5
+    gt_boxes = np.full((1, count, 4), [50.0, 50, 60, 60])
+    gt_boxes[0, [3, rpn.OBJECTS + 1, count - 1]] = [0, 0, 8, 8]
+    targets = anchor_targets([[0, 0, 8, 8], [50, 50, 60, 60]], [[99, 99]], gt_boxes, np.ones((1, count)))
+    assert targets.gt_index.tolist() == [[3, 0]] and targets.is_foreground.all()
+
+
+def test_a_share_in_a_crowd_at_the_threshold_is_no_reason_to_ignore():
+    """Half of the anchor, exactly."""
+    gt_boxes, gt_labels = [[[0, 0, 4, 8], [90, 90, 99, 99]]], [[-1, 1]]
+    for threshold, expected in ((0.5, "B"), (0.49, "-")):
+        targets = anchor_targets([[0, 0, 8, 8]], [[99, 99]], gt_boxes, gt_labels, crowd_overlap=threshold)
+        assert labels_of(targets) == expected
 
 
 def test_only_anchors_entirely_inside_their_image_take_part():

@@ -170,6 +170,13 @@ def test_weights_are_averaged_after_each_update():
     assert (averages[9] == averages[7]).all() and changes.sum() == 9  # twenty steps, of which two counted for nothing
 
 
+def test_only_float16_scales_the_loss():
+    for precision, is_scaled in (("float32", False), ("bfloat16", False), ("float16", True)):
+        with tf.Graph().as_default():
+            made = optimizers.make(settings_of(f"TRAIN.PRECISION={precision}"), tf.constant(0.1), accumulate=1)
+            assert (made.forgive is not tf.identity) == is_scaled
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_towers_of_one_optimizer_stay_equal(optimizer):
     """Each has its own moments and count, and only the first has averages."""
@@ -214,7 +221,7 @@ def test_squares_of_many_tensors_are_summed(gpu):
 def test_weight_decay_adds_its_share_of_each_kernel_alone():
     """The gradients of 0.1 / 2 times the sum of the squares of the kernels W; those of biases and norms have none."""
     with tf.Graph().as_default(), tfv1.Session() as session:
-        names = ("conv0/W", "tower1/fc/W", "conv0/b", "conv0/bn/gamma", "W", "conv0/Wide", "unused/W")
+        names = ("conv0/W", "tower1/fc/W", "conv0/b", "conv0/bn/gamma", "W", "conv0/Wide", "conv0/VW", "unused/W")
         variables = {name: tfv1.get_variable(name, initializer=[2.0, -4.0]) for name in names}
         loss = tf.reduce_sum(3.0 * tf.add_n(list(variables.values())[:-1]))
         optimizer = optimizers.Decayed(tfv1.train.GradientDescentOptimizer(1.0), 0.1)
@@ -227,6 +234,7 @@ def test_weight_decay_adds_its_share_of_each_kernel_alone():
         "conv0/b",
         "conv0/bn/gamma",
         "conv0/Wide",
+        "conv0/VW",
     }
     assert all(np.allclose(found[name], decayed) for name in ("conv0/W", "tower1/fc/W", "W"))
 
