@@ -97,11 +97,10 @@ def rate_share(variable: tf.Variable, *, settings: Config) -> float:
     The stem is the first group, each stage a group, but of the third stage every three blocks.
     """
     decay, third = settings.TRAIN.BACKBONE_RATE_DECAY, settings.BACKBONE.RESNET_NUM_BLOCKS[2]
-    if decay == 1 or variable.op.name not in {v.op.name for v in tfv1.get_collection(BACKBONE_VARIABLES)}:
-        return 1.0
     name = re.sub(r"^tower\d+/", "", variable.op.name)
+    backbone = {v.op.name for v in tfv1.get_collection(BACKBONE_VARIABLES)}
     found = re.match(r"(?:conv0|ln0|group(\d)(?:/block(\d+))?)/", name)
-    if not found:  # norms of the outputs, and other people's backbones
+    if name not in backbone or not found:  # the heads, norms of the backbone's outputs, other people's backbones
         return 1.0
     stage, block = found[1], int(found[2] or 0)
     last = 3 + math.ceil(third / 3)  # the fourth stage's

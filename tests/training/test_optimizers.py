@@ -182,6 +182,7 @@ def test_towers_of_one_optimizer_stay_equal(optimizer):
     """Each has its own moments and count, and only the first has averages."""
     gradients = random_gradients()
     overrides = [f"TRAIN.OPTIMIZER={optimizer}", "TRAIN.EMA_DECAY=0.5", "TRAIN.CLIP_NORM=1.0"]
+    overrides += ["TRAIN.BACKBONE_RATE_DECAY=0.8"]
     alone = run_updates(overrides, gradients)
     with tf.Graph().as_default(), tfv1.Session() as session:
         learning_rate = tfv1.get_variable("learning_rate", initializer=0.1, trainable=False)
@@ -191,6 +192,8 @@ def test_towers_of_one_optimizer_stay_equal(optimizer):
             variables = [tfv1.get_variable(f"{tower}{name}", initializer=[1.0, -2.0]) for name in NAMES]
             for variable in variables if not tower else ():
                 tfv1.add_to_collection(weights.MODEL_VARIABLES, variable)
+                if not variable.op.name.startswith("fastrcnn"):
+                    tfv1.add_to_collection(weights.BACKBONE_VARIABLES, variable)
             steps.append(made.optimizer.apply_gradients(list(zip(fed, variables))))
             towers.append(variables)
         session.run(tfv1.global_variables_initializer())

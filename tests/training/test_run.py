@@ -181,16 +181,27 @@ def test_the_guard_knows_where_data_and_time_out_come_from(wired):
     }
 
 
-@pytest.mark.parametrize(("towers", "pictures"), [(1, 0), (2, 3)])
-def test_the_evaluation_uses_the_towers_of_the_training(wired, monkeypatch, towers, pictures):
+@pytest.mark.parametrize(("decay", "step", "expected"), [(0.0, 0, False), (0.9, 0, True), (0.9, 8, False)])
+def test_averages_start_with_a_new_run(wired, decay, step, expected):
+    parts, _ = wired
+    parts.settings.TRAIN.EMA_DECAY = decay
+    model, guard = SimpleNamespace(averaged=None), SimpleNamespace(check="check")
+    saver = SimpleNamespace(offer="offer")
+    callbacks = run.make_callbacks(parts, (step, 1, 0), SCHEDULE, guard, saver, model=model, towers=1)
+    assert (type(callbacks[0]).__name__ == "StartAverages") == expected
+
+
+@pytest.mark.parametrize(("towers", "pictures", "averaged"), [(1, 0, None), (2, 3, SimpleNamespace(get="get"))])
+def test_the_evaluation_uses_the_towers_of_the_training(wired, monkeypatch, towers, pictures, averaged):
     parts, made = wired
     calls = []
     for name in ("Inference", "TowerInference"):
-        monkeypatch.setattr(run, name, lambda *args, name=name: calls.append((name, *args)))
+        monkeypatch.setattr(run, name, lambda *args, getter, name=name: calls.append((name, *args, getter)))
     monkeypatch.setattr(run.stages, "compare_with_truth", lambda *args, **options: calls.append((args, options)))
     parts.settings.TRAIN.EVAL_PICTURES = pictures
     saver, guard = SimpleNamespace(offer="offer"), SimpleNamespace(check="check")
-    callbacks = run.make_callbacks(parts, SCHEDULE, guard, saver, towers=towers, steps_done=2)
+    model = SimpleNamespace(averaged=averaged)
+    callbacks = run.make_callbacks(parts, (8, 2, 2), SCHEDULE, guard, saver, model=model, towers=towers)
     kinds = [type(callback).__name__ for callback in callbacks[:3]]
     assert kinds == ["LearningRateSetter", "FirstEpochFrom", "AfterFirstStep"]
     assert callbacks[3:5] == [guard, saver]
@@ -207,7 +218,7 @@ def test_the_evaluation_uses_the_towers_of_the_training(wired, monkeypatch, towe
         "offer": "offer",
     }
     build()
-    assert calls == [("Inference", settings) if towers == 1 else ("TowerInference", settings, 2)]
+    assert calls == [("Inference", settings, None) if towers == 1 else ("TowerInference", settings, 2, "get")]
     assert (draw is None) == (pictures == 0)
     if draw:
         draw("network", "data set")
