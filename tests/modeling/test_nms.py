@@ -52,6 +52,22 @@ def test_detections_equal_a_greedy_loop(boxes_per_candidate, max_output, form):
             assert not x[n][~is_valid[n]].any()
 
 
+def test_a_problem_that_is_solved_at_once_does_not_end_another(form):
+    """A chain, of which each box overlaps only the next, takes many rounds; distant boxes take one."""
+    left = 4 * np.arange(80.0)[:, None]
+    chain = np.concatenate([left, 0 * left, left + 10, 0 * left + 10], axis=1)
+    distant = np.concatenate([20 * left, 0 * left, 20 * left + 10, 0 * left + 10], axis=1)
+    for order in ((chain, distant), (distant, chain)):
+        index, is_valid = evaluate(
+            lambda boxes, is_candidate: nms.suppress(boxes, is_candidate, iou_threshold=0.4, max_output=80, strips=2),
+            np.float32(order),
+            np.ones((2, 80), bool),
+        )
+        for problem, boxes in enumerate(order):
+            expected = list(range(0, 80, 2)) if boxes is chain else list(range(80))
+            assert index[problem][is_valid[problem]].tolist() == expected
+
+
 def test_detections_are_suppressed_strictly_above_the_threshold(form):
     boxes, scores = [[[[0, 0, 10, 10]], [[0, 0, 10, 5]]]], [[[0.9], [0.8]]]
     assert detect(boxes, scores, iou_threshold=0.5, max_output=2)[-1].tolist() == [[True, True]]
