@@ -13,6 +13,7 @@ from config import Config
 from .mapping import (
     CONVOLUTION,
     CONVOLUTION_OF_RGB,
+    IMAGENET_PIXELS,
     LINEAR,
     SAME,
     Layout,
@@ -30,7 +31,6 @@ SCALE = Layout(lambda x: x[:, 0, 0], lambda x: x[:, None, None])  # [C, 1, 1] <-
 KERAS_RGB = Layout(lambda w: w[:, :, ::-1], lambda w: w[:, :, ::-1])
 KERAS_DEPTHWISE = Layout(lambda w: w.transpose(0, 1, 3, 2), lambda w: w.transpose(0, 1, 3, 2))
 KERAS_POINTWISE = Layout(lambda w: w[None, None], lambda w: w[0, 0])
-PIXELS = {"PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53], "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375]}
 
 
 def recognise(arrays: dict[str, np.ndarray], **unused) -> Model | None:
@@ -46,8 +46,8 @@ def _norm(ours, theirs):
     return [Pair(f"{ours}/gamma", f"{theirs}.weight", SAME), Pair(f"{ours}/beta", f"{theirs}.bias", SAME)]
 
 
-def _pairs(num_blocks):
-    """The pairs of torchvision's network without its classifier."""
+def _pairs(num_blocks, *, has_classifier):
+    """The pairs of torchvision's network."""
     pairs = layer("conv0", "features.0.0", CONVOLUTION_OF_RGB) + _norm("ln0", "features.0.1")
     for stage, blocks in enumerate(num_blocks):
         if stage > 0:
@@ -60,6 +60,8 @@ def _pairs(num_blocks):
             pairs += layer(f"{ours}/widen", f"{theirs}.block.3", POINTWISE)
             pairs += layer(f"{ours}/narrow", f"{theirs}.block.5", POINTWISE)
             pairs.append(Pair(f"{ours}/scale", f"{theirs}.layer_scale", SCALE))
+    if has_classifier:
+        pairs += _norm("linear/ln", "classifier.0") + layer("linear", "classifier.2", LINEAR)
     return pairs
 
 
@@ -68,7 +70,7 @@ def _settings(num_blocks, width):
         "BACKBONE.NAME": "convnext",
         "BACKBONE.RESNET_NUM_BLOCKS": num_blocks,
         "BACKBONE.WIDTH": width,
-        **PIXELS,
+        **IMAGENET_PIXELS,
     }
 
 
@@ -84,9 +86,7 @@ def _of_torchvision(arrays):
         for stage in range(4)
     ]
     width = len(arrays["features.1.0.layer_scale"])
-    pairs = _pairs(num_blocks)
-    if "classifier.2.weight" in arrays:
-        pairs += _norm("linear/ln", "classifier.0") + layer("linear", "classifier.2", LINEAR)
+    pairs = _pairs(num_blocks, has_classifier="classifier.2.weight" in arrays)
     name = f"torchvision's ConvNeXt of {sum(num_blocks)} blocks"
     return Model(name, pairs, _settings(num_blocks, width), added=_output_norms(width))
 
@@ -100,9 +100,7 @@ def counterpart(values: dict[str, np.ndarray], settings: Config) -> Model:
     if "rpn/conv0/W" in values:
         raise MappingError("torchvision has no detectors with ConvNeXt")
     num_blocks = list(settings.BACKBONE.RESNET_NUM_BLOCKS)
-    pairs = _pairs(num_blocks)
-    if "linear/W" in values:
-        pairs += _norm("linear/ln", "classifier.0") + layer("linear", "classifier.2", LINEAR)
+    pairs = _pairs(num_blocks, has_classifier="linear/W" in values)
     width = settings.BACKBONE.WIDTH
     return Model("torchvision's ConvNeXt", pairs, _settings(num_blocks, width), added=_output_norms(width))
 

@@ -21,6 +21,7 @@ from .mapping import (
     Model,
     Pair,
     bottleneck_name,
+    check_counterpart,
     layer,
     per_class,
 )
@@ -493,14 +494,8 @@ def counterpart(values: dict[str, np.ndarray], settings: Config) -> Model:
         pairs, added = _detector_pairs(names, is_rgb=False)
         needed = _detector_settings(names)
         title = _title(needed)
-    other = {
-        key: settings.value(key)
-        for key, value in needed.items()
-        if not key.startswith(CONFIGURED) and not settings.fits(key, value)
-    }
-    if other:
-        shown = ", ".join(f"{key}={value}" for key, value in other.items())
-        raise MappingError(f"Detectron2 has no counterpart of models with {shown}")
+    compared = {key: value for key, value in needed.items() if not key.startswith(CONFIGURED)}
+    check_counterpart("Detectron2", settings, compared)
     biased = [name for name in added if values[name].any()]
     if biased:
         raise MappingError(f"Detectron2 has no bias before a norm, but {biased[0]} is not 0")

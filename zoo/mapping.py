@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
+from config import Config, UserError
+
+IMAGENET_PIXELS = {"PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53], "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375]}
 
 
 class MappingError(UserError):
@@ -131,6 +133,18 @@ def from_theirs(
             shape = list(arrays[pair.theirs].shape)
             raise MappingError(f"recognised as {model.name}, but {pair.theirs} has the shape {shape}") from error
     return values, leftover
+
+
+def check_counterpart(framework: str, settings: Config, needed: dict[str, object]) -> None:
+    """Verifies that a model of ours has a counterpart, which needs the settings {key: value}.
+
+    Raises:
+        MappingError: a setting does not fit.
+    """
+    other = {key: settings.value(key) for key, value in needed.items() if not settings.fits(key, value)}
+    if other:
+        shown = ", ".join(f"{key}={value}" for key, value in other.items())
+        raise MappingError(f"{framework} has no counterpart of models with {shown}")
 
 
 def to_theirs(model: Model, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -13,7 +13,18 @@ import numpy as np
 from config import Config
 
 from . import coco
-from .mapping import CONVOLUTION, CONVOLUTION_OF_RGB, SAME, MappingError, Model, Pair, bottleneck_name, layer, per_class
+from .mapping import (
+    CONVOLUTION,
+    CONVOLUTION_OF_RGB,
+    IMAGENET_PIXELS,
+    SAME,
+    Model,
+    Pair,
+    bottleneck_name,
+    check_counterpart,
+    layer,
+    per_class,
+)
 
 BODY = "backbone.body."  # of a detector
 NORM = {"gamma": "weight", "beta": "bias", "mean/EMA": "running_mean", "variance/EMA": "running_var"}
@@ -85,8 +96,7 @@ def _backbone_settings(name, num_blocks, *, epsilon=1e-5):
         "BACKBONE.STRIDE_1X1": False,
         "BACKBONE.TF_PAD_MODE": False,
         "BACKBONE.NORM_EPSILON": epsilon,
-        "PREPROC.PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "PREPROC.PIXEL_STD": [58.395, 57.12, 57.375],
+        **IMAGENET_PIXELS,
     }
 
 
@@ -298,10 +308,7 @@ def counterpart(values: dict[str, np.ndarray], settings: Config) -> Model:
         needed = detector_settings(name, num_blocks, heads, epsilon=epsilon)
     else:
         needed = _backbone_settings(name, num_blocks, epsilon=epsilon)
-    other = {key: settings.value(key) for key, value in needed.items() if not settings.fits(key, value)}
-    if other:
-        shown = ", ".join(f"{key}={value}" for key, value in other.items())
-        raise MappingError(f"torchvision has no counterpart of models with {shown}")
+    check_counterpart("torchvision", settings, needed)
     if not heads:
         pairs = backbone_pairs(num_blocks, num_convolutions) + (layer("linear", "fc") if "linear/W" in values else [])
         return Model("torchvision's ResNet or ResNeXt", pairs, needed)
